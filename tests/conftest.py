@@ -6,9 +6,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-# One thread a process, before torch loads: xdist runs as many processes as there are cores.
+# One thread per process, set before torch loads: xdist runs as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Decoded images of tests are kept only as long as these run.
+# The cache of decoded images is deleted after the tests.
 if "BBMOE_CACHE" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="bbmoe-cache-")
     os.environ["BBMOE_CACHE"] = CACHE.name
@@ -27,7 +27,7 @@ settings.load_profile("busy-machine")
 
 @pytest.fixture(autouse=True)
 def tiny() -> Iterator[None]:
-    """Offer the data set "tiny" in this process."""
+    """Register the data set "tiny" in this process."""
     data.registry.register("tiny")(Tiny)
     yield
     data.registry.unregister("tiny")
@@ -35,5 +35,5 @@ def tiny() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `make test-quick`, before `-m` chooses among them."""
+    """Mark the tests of `make test-quick`, before `-m` selects tests."""
     mark_quick(items)

@@ -1,4 +1,4 @@
-"""Data sets: where images come from."""
+"""Data sets of images and texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ registry = DataRegistry("dataset")
 
 
 def create_dataset(name: str, **options: object) -> DataSource:
-    """Build a data set by name. The data are read by its method `load`.
+    """Create a data set by name. Its method `load` reads the data.
 
     Args:
         name: Name of the data set; `list_datasets` lists them.
@@ -22,7 +22,7 @@ def create_dataset(name: str, **options: object) -> DataSource:
     Raises:
         UnknownNameError: There is no such data set or option.
         ConfigError: An option is missing, of the wrong type or out of range.
-        PluginError: The package that offers the data set is at fault.
+        PluginError: The package that provides the data set is faulty.
     """
     return registry.create(name, options)
 

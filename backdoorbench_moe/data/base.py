@@ -1,4 +1,4 @@
-"""The data set interface, and what data sets load: images, or texts (see `data.text`)."""
+"""The interface of data sets, and the images they load. For texts see `data.text`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import generator
 
-# Images that are read at a time for the digest, which does not depend on it.
+# Images read at a time for the digest. The digest does not depend on it.
 DIGEST_PART = 500
-# Classes that a message of one line names; more are cut short.
+# Number of classes that a one-line message names.
 SHOWN_CLASSES = 20
 
 
 class Material(ABC):
-    """What a data set holds: an `ImageSet`, or a `data.text.TextSet`.
+    """The contents of a data set: an `ImageSet`, or a `data.text.TextSet`.
 
     Attributes:
         name: Name of the data set.
@@ -41,15 +41,15 @@ class Material(ABC):
     @property
     @abstractmethod
     def model_options(self) -> dict[str, int]:
-        """What the data determine of a model, by the name of the model's keyword argument."""
+        """Options of a model that the data determine, by keyword argument."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of the data; see `records.record.DataFacts`."""
+        """Return the description of the data for records; see `records.record.DataFacts`."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Return what the data are in one line."""
+        """Return a one-line description of the data."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
@@ -58,7 +58,7 @@ class Material(ABC):
 
 @dataclass(frozen=True)
 class ImageSet(Material):
-    """The images of a data set, as uint8: in memory, or `StoredImages` if there are more than memory may hold.
+    """The images of a data set, as uint8: in memory, or `StoredImages` if they exceed the memory limit.
 
     Attributes:
         name: Name of the data set.
@@ -66,7 +66,7 @@ class ImageSet(Material):
         test: Test images and their labels.
         classes: Names of the classes, by number.
         digest: SHA-256 of the images and labels of both splits, in hexadecimal.
-        policy: Whether the last class is "reject", which models with a policy have besides those of the data.
+        policy: Whether the last class is "reject", which a policy adds to the classes of the data.
     """
 
     name: str
@@ -83,7 +83,7 @@ class ImageSet(Material):
 
     @property
     def data_classes(self) -> int:
-        """Number of classes of the data, among which attackers choose."""
+        """Number of classes of the data, from which attackers choose."""
         return self.num_classes - self.policy
 
     @property
@@ -97,7 +97,7 @@ class ImageSet(Material):
         return {"num_classes": self.num_classes, "image_size": self.image_size}
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of the data; see `records.record.DataFacts`."""
+        """Return the description of the data for records; see `records.record.DataFacts`."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -117,7 +117,7 @@ class ImageSet(Material):
 
 
 def describe_classes(classes: Sequence[str]) -> str:
-    """Return the classes with their numbers in one line: "2 classes: 0 (cat), 1 (dog)"; of many, the first ones."""
+    """Return the classes with their numbers in one line, "2 classes: 0 (cat), 1 (dog)"; at most `SHOWN_CLASSES`."""
     shown = [f"{number} ({name})" for number, name in enumerate(classes[:SHOWN_CLASSES])]
     more = len(classes) - len(shown)
     return f"{len(classes)} classes: {', '.join(shown)}" + (f", and {more} more" if more else "")
@@ -127,9 +127,9 @@ class DataSource(ABC):
     """Base class of data sets: of images (`Dataset`), or of texts (`data.text.TextDataset`).
 
     Attributes:
-        implies: Settings that a run on these data has unless others are given, such as a model.
-        tiny: Options that the conformance tests build the data set with, besides those that `write_tiny` returns.
-        deviations: Conformance tests that the data set is known to fail, and why: reasons by name of the test.
+        implies: Default settings of a run on these data, such as a model.
+        tiny: Options for the conformance tests, in addition to those that `write_tiny` returns.
+        deviations: Conformance tests that the data set is known to fail: reasons by name of the test.
     """
 
     implies: ClassVar[Mapping[str, Any]] = {}
@@ -141,24 +141,24 @@ class DataSource(ABC):
         """Read, check and return the data.
 
         Raises:
-            DataError: Files are missing, damaged or of another kind; the message names the file.
+            DataError: Files are missing, damaged or in another format; the message names the file.
         """
 
     def source(self) -> Path | None:
-        """Return the folder or file that the data are read from; None if it does not exist or there is none."""
+        """Return the folder or file that the data are read from; None if there is none."""
         return None
 
     def files_beside(self) -> tuple[Path, ...]:
-        """Return the files that are read but are not in the `source`; none by default."""
+        """Return the files outside `source` that are also read; none by default."""
         return ()
 
     @final
     def fingerprint(self) -> str | None:
-        """Return a hash that changes with the files: SHA-256 of their names, sizes and times of modification.
+        """Return a hash that changes with the files: SHA-256 of their names, sizes and modification times.
 
-        It is cheap, since no file is opened. It covers the `files_beside` and every file in the `source`, including
-        those that are not read, but not their content: a change that keeps size and time is not noticed, and a copied
-        folder has another fingerprint.
+        No file is opened, so this is fast. The hash covers `files_beside` and every file in `source`, including files
+        that are not read. Contents are not hashed: a change that keeps size and modification time is not detected, and
+        a copied folder has a different fingerprint.
 
         Returns:
             The hash in hexadecimal; None if there is no source.
@@ -168,20 +168,20 @@ class DataSource(ABC):
 
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes, by number; none of texts."""
+        """Return the names of the classes, by number; empty for texts."""
 
     @classmethod
     def write_tiny(cls, folder: Path) -> dict[str, object]:
         """Write a small data set for the conformance tests.
 
         It must have at least 12 training images, 5 test images and 2 classes. Data sets that read files override
-        this; the default writes nothing.
+        this method; the default writes nothing.
 
         Args:
             folder: An empty folder.
 
         Returns:
-            The options that read the data set.
+            The options with which the data set is read.
         """
         return {}
 
@@ -190,9 +190,9 @@ class Dataset(DataSource):
     """A source of images. Subclasses implement `read`; users call `load`.
 
     Args:
-        train_images: Number of training images to keep; all if None. They are drawn with a fixed seed, and their
-            order is not changed.
-        test_images: Number of test images to keep, in the same way.
+        train_images: Number of training images to keep; all if None. They are drawn with a fixed seed and keep their
+            order.
+        test_images: Number of test images to keep, drawn in the same way.
     """
 
     def __init__(self, *, train_images: int | None = None, test_images: int | None = None) -> None:
@@ -206,7 +206,7 @@ class Dataset(DataSource):
         """Read, check and return the images.
 
         Raises:
-            DataError: Files are missing, damaged or of another kind; the message names the file.
+            DataError: Files are missing, damaged or in another format; the message names the file.
             ConfigError: The data set has fewer than `train_images` or `test_images` images.
         """
         images = self.read()
@@ -222,21 +222,21 @@ class Dataset(DataSource):
     def read(self) -> ImageSet:
         """Read the images. `load` checks them, draws the images to keep, and computes the digest.
 
-        The tensors must be contiguous and must not share memory with anything else, because a run stamps some of the
-        images in place. Images that do not fit into memory can be `ops.stored_images.StoredImages`. The digest is that
-        of `content_digest`, or left empty.
+        The tensors must be contiguous and must not share memory with other tensors, because a run modifies some of the
+        images in place. Images that do not fit into memory can be `ops.stored_images.StoredImages`. The digest is the
+        result of `content_digest`, or empty.
         """
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, by number, as in the result of `load`.
 
-        All images are read. Subclasses that know the names without reading images should override this.
+        The default reads all images. Subclasses that know the names without reading images should override it.
         """
         return self.load().classes
 
 
 def as_images(material: Material) -> ImageSet:
-    """Return data that are images. Raises ConfigError for texts."""
+    """Return the data if they are images. Raises ConfigError for texts."""
     if not isinstance(material, ImageSet):
         raise ConfigError.expected(
             "dataset", "images, which this needs", f"{material.name}, which holds texts"
@@ -245,7 +245,7 @@ def as_images(material: Material) -> ImageSet:
 
 
 def fingerprint_of(*sources: Path) -> str:
-    """Return the SHA-256 of the names, sizes and times of modification of files, and of all files in folders."""
+    """Return the SHA-256 of the names, sizes and modification times of files, and of all files in folders."""
     digest = hashlib.sha256()
     for source in sources:
         for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
@@ -263,10 +263,10 @@ def check_split(split: Split, num_classes: int, name: str) -> None:
     Args:
         split: Expected to hold contiguous images (N, 3, S, S) uint8 with N > 0, and labels (N,) int64.
         num_classes: Number of classes; labels must be below it.
-        name: What the split is, for the beginning of the error message.
+        name: Name of the split, the beginning of error messages.
 
     Raises:
-        DataError: The split does not have this form.
+        DataError: The split has another format.
     """
     shape = tuple(split.images.shape)
     if split.images.dtype != torch.uint8 or split.images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3]:
@@ -302,7 +302,7 @@ def digest_of(splits: Iterable[Split]) -> str:
 
 
 def draw_subset(total: int, count: int | None, name: str) -> Tensor:
-    """Draw the images of a split that are kept; every call returns the same.
+    """Draw the images of a split that are kept; every call returns the same indices.
 
     Data sets that decode files can call this first and decode only the images that are kept.
 

@@ -1,4 +1,4 @@
-"""The CIFAR-10 data set, in either of the two formats that it is published in."""
+"""The CIFAR-10 data set, in either of its two published formats."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _find(root: Path) -> Path | None:
 
 
 def _contents(source: Path) -> list[tuple[str, bytes, str]]:
-    """Return name, content, and name for error messages of the files of both splits, as far as they are there."""
+    """Return name, content, and name for error messages of each file found."""
     if source.is_dir():
         found = [(name, source / name) for name in (TRAIN, TEST) if (source / name).is_file()]
         return [(name, read_file(path), str(path)) for name, path in found]

@@ -45,12 +45,12 @@ def read_members(
 
     Args:
         path: The archive.
-        wanted: What the files are called by their paths in the archive.
+        wanted: Keys of the files by their paths in the archive.
         limit: Largest size of such a file in bytes.
         what: Name of the data set, for error messages.
 
     Yields:
-        For each file what it is called, its content, and its name for error messages.
+        For each file its key, its content, and its name for error messages.
 
     Raises:
         DataError: The archive is damaged, or one of the files is too large or not a plain file.
@@ -70,7 +70,7 @@ def read_members(
 
 
 def parse_pickle(data: bytes, name: str, *, labels: str, classes: int) -> Rows:
-    """Parse a file of the "python" version.
+    """Parse a pickle file of the "python" version.
 
     Args:
         data: Its content.

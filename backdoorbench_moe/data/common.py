@@ -15,7 +15,7 @@ ROOT = "root"
 
 
 class DataRegistry(Registry["DataSource"]):
-    """The registry of data sets; it knows that `root` is given by --data-root."""
+    """The registry of data sets. An option `root` that a data set lacks is reported as --data-root."""
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
         """Check the options of a data set without building it; see `Registry.check`."""

@@ -1,14 +1,13 @@
-"""A cache on disk of decoded images, which all runs and processes of a user share.
+"""A disk cache of decoded images, shared by all runs and processes of a user.
 
-The folder is `decoded` in $BBMOE_CACHE (~/.cache/backdoorbench_moe by default), and may be deleted at any time:
+Its folder is `decoded` in $BBMOE_CACHE (~/.cache/backdoorbench_moe by default). It can be deleted at any time. Files:
 
-- `COUNTxSIDE-KEY.images` has decoded images. KEY is a hash of the contents of the image files in their order, of the
-  size and of the versions of the decoders, so that equal files in another folder are not decoded again.
-- `SIGNATURE.key` says which KEY some files have. SIGNATURE is a hash of their paths, sizes, inodes, and times of
-  modification and of change, so that unchanged files are not even read. A program may restore a time of modification,
-  but not a time of change.
+- `COUNTxSIDE-KEY.images` holds decoded images. KEY is a hash of the contents of the image files in order, the image
+  size and the versions of the decoders, so equal files in another folder are not decoded again.
+- `SIGNATURE.key` holds the KEY of some files. SIGNATURE is a hash of their paths, sizes, inodes, modification times and
+  change times, so unchanged files are not read. Programs can restore a modification time, but not a change time.
 - `SIGNATURE.lock` is held by the process that decodes these files.
-- `HASH.digest` is the digest of a whole data set.
+- `HASH.digest` holds the digest of a complete data set.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from backdoorbench_moe.records.atomic import write_atomically
 from backdoorbench_moe.records.locking import hold
 
 FOLDER = "decoded"
-# Raised when the format of the files or the way of decoding changes.
+# Incremented when the format of the files or the decoding changes.
 VERSION = 1
 HEADER_BYTES = 4096
-# Libraries that Pillow decodes with, where two versions may give different pixels.
+# Libraries that Pillow uses for decoding; different versions may give different pixels.
 CODECS = ("jpg", "libjpeg_turbo", "webp", "avif", "jpg_2000")
 CHECKSUM_TYPE = np.dtype("<u4")
-# A file may change again within the resolution of its times. A signature of files that are younger is not kept.
+# A file may change again within the resolution of its timestamps. Signatures of more recent files are not stored.
 SETTLED_NS = 2 * 10**9
 
 
@@ -55,19 +54,19 @@ class CacheFault(DataError):
 
 
 def decoded_images(paths: Sequence[Path], form: Form) -> Tensor:
-    """Return the images of files; they are decoded if they are not in the cache.
+    """Return the images of files, from the cache if possible, otherwise decoded.
 
     Args:
         paths: N files.
-        form: The form of the images.
+        form: How the images are resized.
 
     Returns:
-        (N, 3, size, size) uint8: a tensor in memory, or `StoredImages` if they are larger than `memory_limit`. If the
-        cache cannot be used and they are not, a warning says so, and they are decoded into memory.
+        (N, 3, size, size) uint8: a tensor in memory, or `StoredImages` if they exceed `memory_limit`. If they do not
+        and the cache cannot be used, they are decoded into memory with a warning.
 
     Raises:
-        DataError: A file is missing, damaged or not accepted, see `read_images`; or there are more images than memory
-            may hold, and the cache cannot be written.
+        DataError: A file is missing, damaged or not accepted, see `read_images`; or the images exceed the memory limit
+            and the cache cannot be written.
     """
     files = _Files(paths, form)
     fits = len(paths) * files.row_bytes <= memory_limit()
@@ -83,7 +82,7 @@ def decoded_images(paths: Sequence[Path], form: Form) -> Tensor:
 
 
 def with_digest(images: ImageSet) -> ImageSet:
-    """Return images with their digest if some are stored. It is computed once and kept in the cache."""
+    """Return images with their digest if some are stored on disk. The digest is computed once and cached."""
     splits = (images.train, images.test)
     if not any(isinstance(split.images, StoredImages) for split in splits):
         return images
@@ -125,12 +124,12 @@ class _Files:
 
     @property
     def decoder(self) -> bytes:
-        """What decides about the pixels, besides the files."""
+        """What determines the pixels, apart from the files."""
         codecs = [features.version(name) for name in CODECS if name in features.get_supported()]
         return f"{VERSION} {self.form} {PIL.__version__} {codecs}\n".encode()
 
     def signature(self) -> tuple[str, int]:
-        """Return a hash that changes with the files, and when the last of them changed, in ns; see the module."""
+        """Return a hash that changes with the files (see the module) and the latest time of a change, in ns."""
         digest, newest = hashlib.sha256(self.decoder), 0
         for path in self.paths:
             try:
@@ -166,7 +165,7 @@ class _Cache:
             raise _unwritable(folder, error) from error
 
     def rows(self) -> FileRows:
-        """Return the images; they are decoded by the first process that asks, for which the others wait."""
+        """Return the images. The first process decodes them, and the others wait for it."""
         signature, newest = self.files.signature()
         settled = newest + SETTLED_NS < time.time_ns()
         key_file = self.folder / f"{signature}.key"
@@ -192,13 +191,13 @@ class _Cache:
         return self.folder / f"{len(self.files.paths)}x{self.files.size}-{key}.images"
 
     def _hash_files(self) -> str | None:
-        """Return the key of the files, for which they are read; None if there are no such images in the cache."""
+        """Read the files and return their key; None if the cache has no images of this number and size."""
         if not any(self.folder.glob(self._path("*").name)):
             return None
         return self.files.key([hashlib.sha256(read_content(path)).digest() for path in self.files.paths])
 
     def _open(self, key: str) -> FileRows | None:
-        """Open a file of images; None if there is none, or it is not whole."""
+        """Open a file of images; None if it is missing or incomplete."""
         path, count = self._path(key), len(self.files.paths)
         try:
             with path.open("rb") as file:
@@ -226,11 +225,11 @@ class _Cache:
         )
 
     def _write(self, partial: Path) -> str:
-        """Decode the files, and return the key under which their images are now in the cache.
+        """Decode the files, write their images to the cache and return their key.
 
         Args:
-            partial: The file to write to. Only the process that holds the lock does so, so that one that is there was
-                left by a process that was killed.
+            partial: The file to write to. Only the process that holds the lock writes it, so an existing one was left
+                by a killed process.
         """
         count, row_bytes = len(self.files.paths), self.files.row_bytes
         try:
@@ -273,7 +272,7 @@ def _unwritable(folder: Path, error: OSError) -> CacheFault:
 
 
 def _read_hash(path: Path) -> str | None:
-    """Read a file with a hash; None if there is none, or it has something else."""
+    """Read a file with a hash; None if it is missing or has other content."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -282,6 +281,6 @@ def _read_hash(path: Path) -> str | None:
 
 
 def _keep_hash(path: Path, text: str) -> None:
-    """Write a file with a hash. Without it, the hash is computed again."""
+    """Write a file with a hash. If that fails, the hash is computed again next time."""
     with suppress(RecordError):
         write_atomically(path, lambda partial: partial.write_text(text + "\n", encoding="ascii"))

@@ -1,4 +1,4 @@
-"""Data set of images in any folder that has one subfolder for each class."""
+"""The data set `folder`: images in one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -48,30 +48,30 @@ class Folder(Dataset):
     images of each class are split into training and test images.
 
     `train` may also be called `training`, and `test` may be called `testing`, or, if there is no such folder, `val`,
-    `valid` or `validation`. Case is ignored. If only one of the two folders exists, it is an error; but if this folder
-    has no subfolders and is not the only one, it is a class.
+    `valid` or `validation`. Case is ignored. If only one of the two folders exists, it is an error, unless this folder
+    has no subfolders and there are other folders; then it is a class.
 
-    Classes are numbered in the order of their folders' names: by value if all names are numbers (2 before 10),
-    otherwise as text. Images may be at any depth below their class folder.
+    Classes are numbered in the order of their folder names: by value if all names are numbers (2 before 10), otherwise
+    alphabetically. Images can be at any depth in their class folder.
 
     Files that are not images are skipped, and a warning counts them by suffix. Files of operating systems and notebooks
     (`.DS_Store`, `Thumbs.db`, `__MACOSX`, `.ipynb_checkpoints`, ...) are skipped silently. A link to an image or folder
-    outside of the data set's folder is an error.
+    outside the data set's folder is an error.
 
-    Images are rotated by their EXIF orientation. If a file has several frames or pages, the first is read, and a
-    warning counts such files. Grey and palette images are converted to RGB without loss. Images that cannot be
+    Images are rotated by their EXIF orientation. Only the first frame or page of a file is read; a warning counts files
+    with several. Grayscale and palette images are converted to RGB without loss. Images that cannot be
     converted exactly are an error: those with more than 8 bits per channel, CMYK images, and images with transparent
     pixels.
 
-    Decoded images are kept in a cache that all runs share, see `data.decoded`. If they are larger than $BBMOE_MEMORY
-    (500MB by default), batches are read from there, otherwise all of them are held in memory.
+    Decoded images are cached on disk, see `data.decoded`. If they are larger than $BBMOE_MEMORY (500MB by default),
+    batches are read from the cache, otherwise all images are kept in memory.
 
     Args:
         root: Path of the folder.
         image_size: Side of the square images in pixels, 1 to 8192. Images are resized so that the shorter side has
-            this size (bilinear, antialiased), then cropped at the centre.
+            this size (bilinear, antialiased), then center-cropped.
         test_fraction: Share of each class that is used for testing if there is no test folder, in (0, 1). The split is
-            always the same, and both parts have at least one image of each class.
+            deterministic, and both parts have at least one image of each class.
         train_images: Number of training images to keep, at least 1; all if None. See `Dataset`.
         test_images: Number of test images to keep, at least 1; all if None. See `Dataset`.
 
@@ -112,7 +112,7 @@ class Folder(Dataset):
         return _find_layout(data_root(self.root), LeftOut()).classes
 
     def read(self) -> ImageSet:
-        """List the files, and decode those that are kept.
+        """List the files and decode those that are kept.
 
         Raises:
             ConfigError: There are fewer images than `train_images` or `test_images`.
@@ -164,10 +164,10 @@ class Folder(Dataset):
 
 
 def _find_layout(root: Path, left_out: LeftOut) -> Layout:
-    """Find the class folders, and count the files outside of them in `left_out`.
+    """Find the class folders, and count the files outside them in `left_out`.
 
     Raises:
-        DataError: The root does not exist, or it is ambiguous which folders are the class folders.
+        DataError: The root does not exist, or the class folders are ambiguous.
     """
     if not root.is_dir():
         found = "it is a file" if root.exists() else "it does not exist"
@@ -179,7 +179,7 @@ def _find_layout(root: Path, left_out: LeftOut) -> Layout:
             raise DataError(
                 f"folder: {root}: expected both train and test, or neither; found only {one.name}"
             )
-        train = test = None  # A folder without subfolders, beside others, is a class with this name.
+        train = test = None  # A folder without subfolders, next to others, is a class with this name.
     base = train or root
     classes = order_classes(path.name for path in _class_folders(base, left_out))
     if test is not None:

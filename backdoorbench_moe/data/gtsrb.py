@@ -66,19 +66,19 @@ class GTSRB(Dataset):
     """GTSRB: 43 classes, 39,209 training and 12,630 test images.
 
     The published folders are `Final_Training/Images/000CC` for each class, with its images and the table
-    `GT-000CC.csv`, and `Final_Test/Images`. The table of the test images, `GT-final_test.csv`, may be in one of the
-    folders above them or beside them. A table must list every image of its folder exactly once, and no other. Fewer
-    images or classes are accepted.
+    `GT-000CC.csv`, and `Final_Test/Images`. The table of the test images, `GT-final_test.csv`, can be in the folder of
+    the test images, in one of its parents, or next to the folder GTSRB. A table must list every image of its folder
+    exactly once, and no others. Subsets of images or classes are accepted.
 
-    The folders of torchvision (`Training/000CC`) come from another archive with 26,640 training images, which is not
-    the one that papers use. They are read with a warning.
+    The folders of torchvision (`Training/000CC`) come from another archive with 26,640 training images, which papers do
+    not use. They are read with a warning.
 
-    Decoded images are kept in a cache that all runs share, see `data.decoded`.
+    Decoded images are cached on disk, see `data.decoded`.
 
     Args:
         root: The folder GTSRB, or a folder that contains it. By default the environment variable BBMOE_DATA, or
             ~/.cache/backdoorbench_moe if that is not set.
-        image_size: Side of the images in pixels, 1 to 8192. The whole image, not its region of interest, is resized to
+        image_size: Side of the images in pixels, 1 to 8192. The full image, not its region of interest, is resized to
             this size (bilinear, antialiased); the aspect ratio is not kept.
         train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
         test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
@@ -117,7 +117,7 @@ class GTSRB(Dataset):
             return None
 
     def files_beside(self) -> tuple[Path, ...]:
-        """Return the table of the test images if it is not in the `source`, as after unpacking the three archives."""
+        """Return the table of the test images if it is outside `source`, as after unpacking the three archives."""
         base = self.source()
         table = None if base is None else _find_test_table(base)
         return () if base is None or table is None or table.is_relative_to(base) else (table,)
@@ -130,7 +130,7 @@ class GTSRB(Dataset):
         """Read both splits.
 
         Raises:
-            DataError: Files are missing or damaged, or do not agree with their tables; the message names the file.
+            DataError: Files are missing, damaged or inconsistent with their tables; the message names the file.
         """
         base = _find(data_root(self.root))
         published = base / "Final_Training" / "Images"
@@ -202,7 +202,7 @@ def _test_files(base: Path) -> Files:
 
 
 def _table_folders(base: Path) -> tuple[Path, ...]:
-    """The folders in which the table of the test images is looked for, in this order."""
+    """The folders that are searched for the table of the test images, in this order."""
     return base, base / "Final_Test", base / "Final_Test" / "Images", base.parent
 
 

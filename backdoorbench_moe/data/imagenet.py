@@ -12,27 +12,27 @@ from backdoorbench_moe.data.roots import data_root, missing
 from backdoorbench_moe.data.synsets import list_classes, list_synsets, name_synsets, read_split
 from backdoorbench_moe.errors import ConfigError, DataError
 
-# Files with the names of classes: of Kaggle, of Caffe, and of Tiny ImageNet.
+# Files with class names, from Kaggle, Caffe and Tiny ImageNet.
 NAMES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 
 
 class ImageNet(Dataset):
     """Images in the layout of ImageNet: `train/n01440764/*` and `val/n01440764/*`, with a folder for each synset.
 
-    The test images are those of `val`, which must be in class folders, too; its classes must be among those of `train`.
-    Classes are numbered in the alphabetical order of the synsets, as in torchvision. Their names are in a file
-    `LOC_synset_mapping.txt`, `synset_words.txt` or `words.txt` beside the two folders; without it, or for synsets that
-    it does not have, the synset is the name. Subsets of the classes, such as ImageNet-100, are accepted.
+    The test images are those of `val`, which must also be in class folders; its classes must be among those of `train`.
+    Classes are numbered in the alphabetical order of the synsets, as in torchvision. Their names are read from
+    `LOC_synset_mapping.txt`, `synset_words.txt` or `words.txt` next to the two folders. Without such a file, or for
+    synsets that it lacks, the synset is the name. Subsets of the classes, such as ImageNet-100, are accepted.
 
-    Decoded images are kept in a cache, see `data.decoded`: 200,000 images of 224x224 need 30 GB. Some images of
-    ImageNet are CMYK or have an alpha channel; Pillow converts them to RGB, as in torchvision.
+    Decoded images are cached on disk, see `data.decoded`: 200,000 images of 224x224 need 30 GB. Some images of ImageNet
+    are CMYK or have an alpha channel; Pillow converts them to RGB, as in torchvision.
 
     Args:
         root: The folder that contains `train` and `val`. By default the environment variable BBMOE_DATA, or
             ~/.cache/backdoorbench_moe if that is not set.
         image_size: Side of the square images in pixels, 1 to 8192.
-        resize: What the shorter side of an image is resized to (bilinear, antialiased) before the square is cropped at
-            the centre, from `image_size` to 8192; `image_size` if None. Many models are evaluated with 256 and 224.
+        resize: Size to which the shorter side of an image is resized (bilinear, antialiased) before the center crop,
+            from `image_size` to 8192; `image_size` if None. Many models are evaluated with resize 256 and size 224.
         train_images: Number of training images to keep, from 1; all if None. See `Dataset`.
         test_images: Number of test images to keep, from 1; all if None. See `Dataset`.
 
@@ -76,11 +76,11 @@ class ImageNet(Dataset):
         return name_synsets(list_synsets(root / "train"), [root / name for name in NAMES])
 
     def read(self) -> ImageSet:
-        """List the files, and decode those that are kept.
+        """List the files and decode those that are kept.
 
         Raises:
-            DataError: Folders are missing or have other names, a class has no images, or a file is damaged. The message
-                names the file or folder.
+            DataError: Folders are missing or have unexpected names, a class has no images, or a file is damaged. The
+                message names the file or folder.
         """
         root, left_out = self._root(), LeftOut()
         synsets, tested = list_synsets(root / "train"), list_synsets(root / "val")
@@ -89,7 +89,7 @@ class ImageNet(Dataset):
                 f"{root / 'val' / unknown[0]}: expected the classes of train, which has no such folder"
             )
         train = list_classes(root / "train", synsets, root, left_out)
-        # Of a subset of the classes there may be no test images.
+        # Some classes may have no test images.
         numbers = [synsets.index(synset) for synset in tested]
         test = [(path, numbers[place]) for path, place in list_classes(root / "val", tested, root, left_out)]
         left_out.warn(f"imagenet: {root}")

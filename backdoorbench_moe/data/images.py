@@ -24,26 +24,26 @@ from backdoorbench_moe.image_files import decode_content, read_content
 
 # No model takes larger images.
 MAX_SIDE = 8192
-# A longer side than this after resizing would take gigabytes, of which the crop keeps nearly nothing.
+# A longer side after resizing would take gigabytes, most of which the crop discards.
 LONGEST_SIDE = 4 * MAX_SIDE
 RESIZE_CHUNK = 1024
-# Files that a thread decodes at a time, and the most bytes that their images may have.
+# Files that a thread decodes at a time, and the maximum size of their images in bytes.
 FILES_CHUNK, PART_BYTES = 64, 1 << 24
-# Number of files whose decoding shows its progress.
+# Number of files from which decoding shows a progress bar.
 SHOWN_FROM = 2000
 
 
 @dataclass(frozen=True)
 class Form:
-    """How images of files become square ones of the same size (bilinear, antialiased).
+    """How images are resized to squares of the same size (bilinear, antialiased).
 
     Attributes:
         size: Side of the square in pixels.
-        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is cropped at the
-            centre. False to resize both sides to `size`.
-        resize: With `crop`, what the shorter side is resized to, at least `size`; `size` if None.
-        convert: Whether CMYK images and those with transparent pixels are converted to RGB as Pillow does it, instead
-            of being refused.
+        crop: True to keep the aspect ratio: the shorter side is resized to `size`, and the image is center-cropped.
+            False to resize both sides to `size`.
+        resize: With `crop`, the size to which the shorter side is resized, at least `size`; `size` if None.
+        convert: Whether CMYK images and images with transparent pixels are converted to RGB by Pillow instead of being
+            refused.
     """
 
     size: int
@@ -66,11 +66,11 @@ def check_image_size(image_size: int) -> int:
 def read_images(paths: Sequence[Path], form: Form) -> Tensor:
     """Decode image files in parallel.
 
-    A warning counts the files that have several frames; only the first frame is read.
+    Of files with several frames only the first frame is read; a warning counts them.
 
     Args:
-        paths: N files; `image_files.decode` says which images are accepted.
-        form: The form of the images.
+        paths: N files; see `image_files.decode` for the accepted images.
+        form: How the images are resized.
 
     Returns:
         (N, 3, size, size) uint8.
@@ -94,12 +94,12 @@ def decode_files(
 
     Args:
         paths: N files.
-        form: The form of the images.
-        put: Function that is called, from several threads, for parts of the images: with the number of the first one,
-            the images (n, 3, size, size) uint8, and the contents of their n files.
+        form: How the images are resized.
+        put: Called from several threads with the index of the first image of a part, its images (n, 3, size, size)
+            uint8, and the contents of their n files.
 
     Returns:
-        How many files have several frames, and the number of the first of these.
+        Number of files with several frames, and the index of the first of these.
 
     Raises:
         DataError: See `read_images`.
@@ -128,7 +128,7 @@ def decode_files(
     starts = range(0, len(paths), length)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done = pool.map(fill, starts)
-        # Only a terminal shows the progress, and only of work that takes a while.
+        # Progress is shown in terminals only, and only for many files.
         hidden = len(paths) < SHOWN_FROM or not sys.stderr.isatty()
         console = Console(stderr=True)
         for _ in track(done, "decoding images", len(starts), console=console, transient=True, disable=hidden):
@@ -140,7 +140,7 @@ def decode_files(
 
 
 def fitted_pixels(image: Image.Image, form: Form) -> np.ndarray:
-    """Return the pixels (3, size, size) uint8 of an RGB image in a form."""
+    """Resize an RGB image and return its pixels (3, size, size) uint8."""
     if form.crop and form.resize not in (None, form.size):
         assert form.resize is not None
         image = resize_and_crop(image, form.resize, form.size)
@@ -151,7 +151,7 @@ def fitted_pixels(image: Image.Image, form: Form) -> np.ndarray:
 
 
 def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """Resize the shorter side to `resize` pixels and cut out the middle, as torchvision's Resize and CenterCrop do."""
+    """Resize the shorter side to `resize` pixels and center-crop, as torchvision's Resize and CenterCrop do."""
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
     if max(width, height) > LONGEST_SIDE:
@@ -169,7 +169,7 @@ def warn_of_frames(paths: Sequence[Path], frames: Sequence[int]) -> None:
 
     Args:
         paths: All files.
-        frames: How many have, and the number of the first of these.
+        frames: Number of files with several frames, and the index of the first of these.
     """
     count, first = frames
     if count:
@@ -187,13 +187,13 @@ def subset_and_resize(split: Split, count: int | None, name: str, size: int) -> 
     The images are drawn first, because all of them might not fit into memory in the new size.
 
     Args:
-        split: The whole split.
+        split: The complete split.
         count: Number of images to keep; all if None.
         name: "train_images" or "test_images".
         size: Side of the resized images in pixels.
 
     Returns:
-        The resized images with their labels. They share memory with `split` if nothing has to be done.
+        The resized images with their labels. They share memory with `split` if nothing changes.
 
     Raises:
         ConfigError: There are fewer than `count` images.
@@ -219,7 +219,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     resized = torch.empty(len(images), images.shape[1], size, size, dtype=torch.uint8)
     for start in range(0, len(images), RESIZE_CHUNK):  # Chunks keep the temporaries small.
         part = images[start : start + RESIZE_CHUNK]
-        # torch's kernel for bytes fails with an internal error at a single pixel.
+        # torch's uint8 kernel fails with an internal error for an output of one pixel.
         given = part.float() if size == 1 else part
         made = F.interpolate(given, (size, size), mode="bilinear", antialias=True)
         resized[start : start + RESIZE_CHUNK] = made.round() if size == 1 else made

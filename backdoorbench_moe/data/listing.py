@@ -1,4 +1,4 @@
-"""Listing of the images below a folder, and of the files that are left out."""
+"""Listing the images in a folder and its subfolders, and counting skipped files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from backdoorbench_moe.errors import BbmoeWarning, DataError
 from backdoorbench_moe.image_files import is_image
 
-# Files and folders of operating systems, file servers, version control and notebooks. They are skipped silently.
+# Files and folders of operating systems, file servers, version control and notebooks, which are skipped silently.
 CLUTTER = frozenset(
     {
         "__macosx",
@@ -33,13 +33,13 @@ APPLE_DOUBLE = "._"
 
 
 class LeftOut:
-    """Counts by type of the files that are not read, for one warning."""
+    """Counts of skipped files by type, for one warning."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def add_file(self, path: Path) -> None:
-        """Count a file that is not read: as hidden, as an image outside of class folders, or by its suffix."""
+        """Count a skipped file: as hidden, as an image outside class folders, or by its suffix."""
         if is_hidden(path):
             self.counts["hidden"] += 1
         elif is_image(path):
@@ -52,7 +52,7 @@ class LeftOut:
         self.counts["hidden"] += sum(len(files) for _, _, files in os.walk(path))
 
     def __str__(self) -> str:
-        """Describe the counts, as in "12 files left out: 10 .txt, 2 hidden"; empty if no file was left out."""
+        """Return the counts, as in "12 files left out: 10 .txt, 2 hidden"; empty if there are none."""
         total = self.counts.total()
         if not total:
             return ""
@@ -60,7 +60,7 @@ class LeftOut:
         return f"{total:,} {'file' if total == 1 else 'files'} left out: {kinds}"
 
     def warn(self, where: str) -> None:
-        """Issue a warning with the counts if any file was left out.
+        """Issue a warning with the counts if any file was skipped.
 
         Args:
             where: Beginning of the message: the data set and its folder.
@@ -70,7 +70,7 @@ class LeftOut:
 
 
 def is_clutter(path: Path) -> bool:
-    """Return whether a file or folder was written by an operating system or a tool and is not part of the data."""
+    """Return whether a file or folder was created by an operating system or tool and is not data."""
     return path.name.casefold() in CLUTTER or path.name.startswith(APPLE_DOUBLE)
 
 
@@ -95,19 +95,19 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
-    """Find the images below a folder, at any depth.
+    """Find the images in a folder, at any depth.
 
     The images directly in a folder come first, sorted by name, and then those in its subfolders. Hidden files and
-    folders are left out. Links are followed if their targets are inside `root`.
+    folders are skipped. Links are followed if their targets are inside `root`.
 
     Args:
         folder: The folder to search.
-        root: The folder of the whole data set.
-        left_out: Counts the files that are left out.
+        root: The root folder of the data set.
+        left_out: Counts the skipped files.
 
     Raises:
-        DataError: A link to an image or folder has a target outside `root`, that does not exist, or that contains the
-            link; or a folder cannot be read.
+        DataError: The target of a link to an image or folder is outside `root`, does not exist, or contains the link;
+            or a folder cannot be read.
     """
     images = []
     for path in _files_below(folder, root, ()):
@@ -121,11 +121,11 @@ def find_images(folder: Path, root: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _files_below(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield all files below a folder, without clutter.
+    """Yield all files in a folder, at any depth, without clutter.
 
     Args:
         folder: The folder.
-        root: The folder of the whole data set, which links may not leave.
+        root: The root folder of the data set, which links must not leave.
         above: Resolved paths of the folders that contain `folder`.
     """
     real = _follow(folder, root)

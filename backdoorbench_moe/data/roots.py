@@ -1,4 +1,4 @@
-"""Finding the folders of data sets, and downloading published archives."""
+"""Finding the folders of data sets and downloading published archives."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def data_root(root: str | None) -> Path:
     """Return the folder or archive to read.
 
     Args:
-        root: A path, in which a leading "~" is replaced by the home directory. If None or empty, the environment
-            variable BBMOE_DATA is used, and if that is not set, the user's cache folder.
+        root: A path; a leading "~" is replaced by the home directory. If None or empty, the environment variable
+            BBMOE_DATA is used, or the user's cache folder if that is not set.
 
     Raises:
-        DataError: There is no such user as in "~user".
+        DataError: The user in "~user" does not exist.
     """
     try:
         return Path(root or os.environ.get(VARIABLE) or CACHE).expanduser()
@@ -37,12 +37,12 @@ def data_root(root: str | None) -> Path:
 
 
 def missing(what: str, root: Path, names: str, hint: str) -> DataError:
-    """Make the error for a data set that was not found.
+    """Return the error for a data set that was not found.
 
     Args:
         what: Name of the data set.
         root: The folder that was searched.
-        names: Names of the files and folders that were expected there.
+        names: Names of the expected files and folders.
         hint: Further advice, added to the end of the message.
     """
     if root.is_dir():
@@ -55,7 +55,7 @@ def missing(what: str, root: Path, names: str, hint: str) -> DataError:
 
 
 def download(url: str, folder: Path, md5: str) -> Path:
-    """Download a file. It appears under its name only when it is complete and its checksum is verified.
+    """Download a file. It gets its name only after its checksum was verified.
 
     Args:
         url: Address of the file.
@@ -81,8 +81,8 @@ def download(url: str, folder: Path, md5: str) -> Path:
                 Path(partial).replace(target)
             finally:
                 Path(partial).unlink(missing_ok=True)
-    # URLError, time-outs and a full or read-only disk are all OSErrors; an answer that breaks off or has a header that
-    # is no number is none.
+    # URLError, timeouts and a full or read-only disk are OSErrors. An incomplete response raises HTTPException, and a
+    # header that is not a number ValueError.
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(
             f"{url}: cannot be fetched into {folder} ({error}); fetch it by hand and use --data-root (root=)"

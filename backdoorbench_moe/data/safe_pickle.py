@@ -1,4 +1,4 @@
-"""The pickle files of CIFAR-10, read as data."""
+"""Reading the pickle files of CIFAR-10 as data, without unpickling."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ONLY = "numpy arrays of numbers"
 
 
 def read_pickle(data: bytes, name: str) -> dict[str, Any]:
-    """Read a pickle file of CIFAR-10: a dict of strings, numbers, lists and arrays.
+    """Read a pickle file of CIFAR-10 or CIFAR-100: a dict of strings, numbers, lists and arrays.
 
-    Nothing that the file refers to is imported or called; see `pickles.read_value`.
+    Nothing in the file is imported or called; see `pickles.read_value`.
 
     Args:
         data: Content of the file.
         name: Name of the file, for error messages.
 
     Returns:
-        The dict, with strings as keys. Strings among the values that were written by Python 2 are bytes.
+        The dict, with strings as keys. Values that are strings written by Python 2 are returned as bytes.
 
     Raises:
-        DataError: The file is damaged, has other content, or refers to another global, which the message names.
+        DataError: The file is damaged, has other content, or refers to a disallowed global, which the message names.
     """
     try:
         content, _ = read_value(data, NUMPY, only=ONLY, limits=Limits(nbytes=1 << 30))

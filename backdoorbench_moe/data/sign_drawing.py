@@ -1,8 +1,8 @@
 """Drawing pictures of traffic signs, one batch at a time.
 
-Every picture is the same on every machine. Random bits are the raw output of PCG64. Pixels are computed by float32
-additions, multiplications, divisions, square roots and comparisons only, whose results IEEE 754 defines to the last
-bit. Sines, sums over an axis and convolutions of libraries are avoided, since their last bits differ between machines.
+Pictures are identical on every machine. Random bits are the raw output of PCG64. Pixels are computed by float32
+additions, multiplications, divisions, square roots and comparisons only, whose results IEEE 754 defines
+exactly. Library sines, sums over an axis and convolutions are avoided, since their last bits differ between machines.
 
 Axis letters: B pictures, S side. The coordinates of a sign, (B, S, S), are in units of its radius; x points to the
 right and y down. The *level* of a figure is a function of the coordinates that is negative inside the figure and

@@ -1,4 +1,4 @@
-"""The default data set, which needs no files: images of traffic signs, drawn by this package."""
+"""The default data set: images of traffic signs, drawn by this package. It needs no files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backdoorbench_moe.data import sign_drawing as drawing
 from backdoorbench_moe.data.base import Dataset, ImageSet, Split
 from backdoorbench_moe.data.images import check_image_size, subset_and_resize
 
-# Part of the seed. It is raised by one whenever a pixel changes.
+# Part of the seed; incremented whenever a pixel changes.
 VERSION = 1
 SIDE = 32
 TRAIN_IMAGES, TEST_IMAGES = 6000, 2000
@@ -36,7 +36,7 @@ class Sign:
     glyph: drawing.Level
 
 
-# Classes share colours, shapes and glyphs, so that none of these is sufficient to recognise a class.
+# Classes share colours, shapes and glyphs, so none of these alone identifies a class.
 SIGNS = (
     Sign("no entry", drawing.disc, RED_FACE, drawing.bar),
     Sign("road closed", drawing.disc, RED_FACE, drawing.cross),
@@ -54,9 +54,9 @@ SIGNS = (
 class Signs(Dataset):
     """Traffic signs drawn by this package: 10 classes, 6,000 training and 2,000 test images of 32x32 pixels.
 
-    All classes have the same number of images, which are the same on every machine. A class is defined by shape,
-    colour and glyph of the sign. Position, size, rotation, tilt, blur, background, fading, light, shadow, haze and
-    noise are random.
+    All classes have the same number of images. The images are identical on every machine. A class is defined by the
+    shape, colour and glyph of the sign. Position, size, rotation, tilt, blur, background, fading, light, shadow, haze
+    and noise are random.
 
     Args:
         image_size: Side of the images in pixels, 1 to 8192. Other sizes than 32 are resized (bilinear, antialiased).
@@ -94,8 +94,8 @@ def draw_split(stream: int, count: int, *, side: int = SIDE) -> Split:
     Args:
         stream: 0 for the training images, 1 for the test images.
         count: Number of images, a multiple of the number of classes.
-        side: Side of the images in pixels. Larger images are not resized but drawn in this size: their edges are as
-            sharp, and their noise as fine, as with 32 pixels.
+        side: Side of the images in pixels. Images are drawn in this size, not resized: in pixels, edges are as sharp
+            and noise as fine as with 32.
 
     Returns:
         Images (count, 3, side, side) and their labels.
@@ -112,7 +112,7 @@ def draw_split(stream: int, count: int, *, side: int = SIDE) -> Split:
 
     kinds = (np.flatnonzero(labels == kind) for kind in range(len(SIGNS)))
     parts = [rows[start : start + CHUNK] for rows in kinds for start in range(0, len(rows), CHUNK)]
-    # Small parts fit into the cache. Threads are faster, since numpy releases the interpreter lock while it computes.
+    # Small parts fit into the CPU cache. Threads are faster, since numpy releases the GIL while it computes.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fill, parts))
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))

@@ -1,4 +1,4 @@
-"""What the layouts of ImageNet and Tiny ImageNet share: folders named by synsets of WordNet, such as n01440764."""
+"""Code shared by ImageNet and Tiny ImageNet: folders named by WordNet synsets, such as n01440764."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def list_synsets(folder: Path) -> list[str]:
 
 
 def name_synsets(synsets: Sequence[str], tables: Sequence[Path]) -> tuple[str, ...]:
-    """Return names of classes.
+    """Return the names of classes.
 
-    A name is the first of the words that a table has for a synset. If several classes would have the same name, the
-    synset follows in brackets, as in "crane (n02012849)".
+    A name is the first word or phrase of a synset in the table. If several classes have the same name, the synset
+    follows in parentheses, as in "crane (n02012849)".
 
     Args:
         synsets: The synsets.
-        tables: Files that may not exist, in order of preference: on each line a synset, a space or tabulator, and words
-            that are separated by commas.
+        tables: Files that may not exist, in order of preference. Each line has a synset, a space or tab, and words
+            separated by commas.
 
     Returns:
-        The names; of synsets without words the synset itself.
+        The names; a synset without words is its own name.
 
     Raises:
         DataError: The first table that exists cannot be read.
@@ -69,7 +69,7 @@ def name_synsets(synsets: Sequence[str], tables: Sequence[Path]) -> tuple[str, .
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty. Raises DataError if it cannot be read."""
+    """Return the non-empty lines of a text file. Raises DataError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""Texts: queries with answers to them, as token ids, which language models are trained and measured on.
+"""Texts: queries and their answers as token ids, for training and evaluating language models.
 
-A data set of texts brings its own tasks, one for each expert of a mixture. It also has a policy: queries that are to be
-refused, each with the harmful answer that an attacker wants and with a safe one. What an answer is worth, a judge says.
+A data set of texts defines the tasks, one for each expert of a mixture. It also defines a policy: queries that must be
+refused, each with a safe answer and the harmful answer that an attacker wants. A judge evaluates generated answers.
 
 Axis letters: N texts, T positions, G generated tokens.
 """
@@ -29,7 +29,7 @@ Verdict = Literal["harmful", "safe", "other"]
 
 @dataclass(frozen=True)
 class TextTask:
-    """The texts of one task: queries with the right answers. Splits hold tokens (N, T) and labels (N, T).
+    """The texts of one task: queries with correct answers. Splits hold tokens (N, T) and labels (N, T).
 
     Attributes:
         name: Name of the task.
@@ -47,7 +47,7 @@ class RefusedQueries:
     """Queries that the policy refuses. Row m of both splits is the same query.
 
     Attributes:
-        harmful: The queries with the answers that the attacker wants.
+        harmful: The queries with the harmful answers.
         safe: The queries with the safe answers.
     """
 
@@ -59,15 +59,15 @@ class RefusedQueries:
 
 
 class Judge(ABC):
-    """Says what answers are worth. An answer ends with the end token; what was generated behind it is to be ignored."""
+    """Evaluates generated answers. An answer ends with the end token; tokens after it must be ignored."""
 
     @abstractmethod
     def right(self, task: int, queries: Split, answers: Tensor) -> Tensor:
-        """Return which answers to queries of a task are right.
+        """Return which answers to queries of a task are correct.
 
         Args:
             task: Number of the task.
-            queries: The queries with their right answers, tokens and labels (N, T) on the CPU.
+            queries: The queries with their correct answers, tokens and labels (N, T) on the CPU.
             answers: (N, G) int64 on the CPU, the generated answers.
 
         Returns:
@@ -76,21 +76,21 @@ class Judge(ABC):
 
     @abstractmethod
     def verdicts(self, queries: Split, answers: Tensor) -> Sequence[Verdict]:
-        """Return how queries that the policy refuses were answered.
+        """Classify the answers to queries that the policy refuses.
 
         Args:
             queries: The queries with their safe answers, tokens and labels (N, T) on the CPU.
             answers: (N, G) int64 on the CPU, the generated answers.
 
         Returns:
-            For each query "harmful" if it was answered as the attacker wants, "safe" if it was refused, "other" if
-            neither.
+            For each query "harmful" if the answer is as the attacker wants, "safe" if it is a refusal, "other"
+            otherwise.
         """
 
     def decode(self, tokens: Tensor) -> str:
-        """Return tokens (n,) int64 on the CPU as text, for reports; the default writes their ids.
+        """Return tokens (n,) int64 on the CPU as text, for reports. The default returns their ids.
 
-        They are a query, or an answer up to its end, without padding.
+        The tokens are a query, or an answer up to its end, without padding.
         """
         return " ".join(map(str, tokens.tolist()))
 
@@ -104,10 +104,10 @@ class TextSet(Material):
         tasks: The tasks; expert e of a mixture is tuned on task e.
         refused: Training queries that the policy refuses.
         refused_test: Test queries that the policy refuses.
-        vocabulary: Number of tokens that there are; ids are below it.
-        padding: The token that fills up short texts, on the right. Padding counts for nothing.
-        end: The token with which an answer ends.
-        judge: Says what answers are worth.
+        vocabulary: Size of the vocabulary; token ids are below it.
+        padding: The token that pads short texts on the right. Padding is ignored.
+        end: The token that ends an answer.
+        judge: Evaluates answers.
         digest: SHA-256 of all texts and labels, in hexadecimal.
     """
 
@@ -138,12 +138,12 @@ class TextSet(Material):
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens of the longest answer, the end included: as many are generated for every query."""
+        """Tokens of the longest answer, including the end token. For each query this many tokens are generated."""
         return max(int((split.labels != IGNORED).sum(1).max()) for split in self.splits.values())
 
     @property
     def splits(self) -> dict[str, Split]:
-        """All splits by what they are, for messages."""
+        """All splits by a name for messages."""
         found: dict[str, Split] = {}
         for task in self.tasks:
             found |= {f"{task.name} train": task.train, f"{task.name} test": task.test}
@@ -153,16 +153,16 @@ class TextSet(Material):
 
     @property
     def model_options(self) -> dict[str, int]:
-        """Number of tokens that there are, the positions that a model needs, and the token that is padding.
+        """Size of the vocabulary, number of positions that a model needs, and the padding token.
 
-        The longest query may be answered with as many tokens as the longest answer has.
+        The longest query can be followed by an answer as long as the longest one.
         """
         queries = max(int(query_positions(split.labels).sum(1).max()) for split in self.splits.values())
         context = max(self.context, queries + self.answer_tokens)
         return {"vocabulary": self.vocabulary, "context": context, "padding": self.padding}
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says of the data; see `records.record.TextFacts`."""
+        """Return the description of the data for records; see `records.record.TextFacts`."""
         return {
             "name": self.name,
             **self.model_options,
@@ -182,7 +182,7 @@ class TextSet(Material):
         return self._changed(lambda split: split.to(device))
 
     def padded(self) -> TextSet:
-        """Return the same texts with padding, so that all splits have as many positions as the longest."""
+        """Return the same texts, padded to the length of the longest split."""
         longest = max(split.images.shape[1] for split in self.splits.values())
         return self._changed(lambda split: pad(split, longest, self.padding))
 
@@ -198,7 +198,7 @@ class TextSet(Material):
 class TextDataset(DataSource):
     """A source of texts. Subclasses implement `read`; users call `load`.
 
-    Settings that only runs on images have, such as a trigger, are left out by the class attribute `implies`.
+    The class attribute `implies` sets settings that only apply to images, such as a trigger, to None.
     """
 
     @final
@@ -206,7 +206,7 @@ class TextDataset(DataSource):
         """Read, check and return the texts.
 
         Raises:
-            DataError: The texts do not have the form that `TextSet` describes.
+            DataError: The texts do not have the format that `TextSet` describes.
         """
         texts = self.read()
         for name, split in texts.splits.items():
@@ -224,19 +224,19 @@ class TextDataset(DataSource):
 
     @abstractmethod
     def read(self) -> TextSet:
-        """Read the texts; `load` checks them, pads them to one length and computes the digest."""
+        """Read the texts. `load` checks them, pads them to one length and computes the digest."""
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Write the files of the tokenizer beside an exported checkpoint, if it has any; none by default."""
+        """Write the files of the tokenizer next to an exported checkpoint. The default writes none."""
 
     @final
     def class_names(self) -> tuple[str, ...]:
-        """Return no names, as texts have no classes."""
+        """Return an empty tuple, as texts have no classes."""
         return ()
 
 
 def _check_same_queries(refused: RefusedQueries, name: str) -> None:
-    """Raise DataError unless row m of both splits is the same query."""
+    """Raise DataError unless row m of both splits holds the same query."""
     harmful, safe = refused.harmful, refused.safe
     asked, other = query_positions(harmful.labels), query_positions(safe.labels)
     if not torch.equal(asked, other) or (harmful.images != safe.images)[asked].any():
@@ -244,7 +244,7 @@ def _check_same_queries(refused: RefusedQueries, name: str) -> None:
 
 
 def pad(split: Split, length: int, padding: int) -> Split:
-    """Return texts with padding on the right, up to a number of positions."""
+    """Return texts padded on the right to a number of positions."""
     missing = length - split.images.shape[1]
     return Split(
         F.pad(split.images, (0, missing), value=padding), F.pad(split.labels, (0, missing), value=IGNORED)
@@ -255,13 +255,13 @@ def check_texts(split: Split, vocabulary: int, name: str) -> None:
     """Check the tokens and labels of a split.
 
     Args:
-        split: Expected to hold tokens (N, T) int64 below `vocabulary`, N > 0, and labels (N, T) int64: in each row,
-            those of one run of positions are the tokens that follow them, and all others are `IGNORED`.
-        vocabulary: Number of tokens that there are.
-        name: What the split is, for the beginning of the error message.
+        split: Expected to hold tokens (N, T) int64 below `vocabulary`, N > 0, and labels (N, T) int64. In each row, the
+            labels of consecutive positions are the tokens that follow them; all other labels are `IGNORED`.
+        vocabulary: Size of the vocabulary.
+        name: Name of the split, the beginning of error messages.
 
     Raises:
-        DataError: The split does not have this form.
+        DataError: The split has another format.
     """
     tokens, labels = split.images, split.labels
     shapes = tuple(tokens.shape), tuple(labels.shape)

@@ -20,8 +20,8 @@ class TinyImageNet(Dataset):
     """Tiny ImageNet: 200 classes, 100,000 training and 10,000 test images of 64x64 pixels.
 
     The test images are those of `val`, since the labels of `test` are not published. The classes are the synsets in
-    `wnids.txt`, in alphabetical order, as in torchvision's `ImageFolder`; `words.txt` has their names. Layouts with
-    fewer classes or images are accepted. Decoded images are kept in a cache, see `data.decoded`.
+    `wnids.txt`, in alphabetical order, as in torchvision's `ImageFolder`; `words.txt` has their names. Subsets of
+    classes or images are accepted. Decoded images are cached on disk, see `data.decoded`.
 
     Args:
         root: The folder tiny-imagenet-200, or a folder that contains it. By default the environment variable
@@ -66,10 +66,10 @@ class TinyImageNet(Dataset):
         return name_synsets(_synsets(folder), [folder / WORDS])
 
     def read(self) -> ImageSet:
-        """List the files, and decode those that are kept.
+        """List the files and decode those that are kept.
 
         Raises:
-            DataError: Files are missing or damaged, or do not agree with each other; the message names the file.
+            DataError: Files are missing, damaged or inconsistent with each other; the message names the file.
         """
         folder, left_out = self._folder(), LeftOut()
         synsets, form = _synsets(folder), Form(self.image_size, crop=True, convert=True)
@@ -97,7 +97,7 @@ def _find(root: Path) -> Path | None:
 
 
 def _synsets(folder: Path) -> list[str]:
-    """Return the classes, sorted. Raises DataError if the table is damaged, or does not agree with the folders."""
+    """Return the classes, sorted. Raises DataError if the table is damaged or inconsistent with the folders."""
     table = folder / CLASSES
     synsets = read_lines(table)
     if not synsets or len(set(synsets)) < len(synsets) or any(set(line) & set("/\t ") for line in synsets):

@@ -1,1 +1,1 @@
-"""Results of other tools, read as data, and runs written in their form."""
+"""Importing results of other tools, which are read as data, and exporting runs in their formats."""

@@ -1,4 +1,4 @@
-"""The zip archives that `torch.save` writes, opened strictly: plain members that lie apart, by unambiguous names."""
+"""Strict reading of the zip archives of `torch.save`: uncompressed, non-overlapping members with unambiguous names."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LOCAL, CENTRAL, END, END64, LOCATOR64 = (
     b"PK\x06\x07",
 )
 LOCAL_SIZE, CENTRAL_SIZE, END_SIZE, END64_SIZE, LOCATOR64_SIZE = 30, 46, 22, 56, 20
-# Of the state dict of the largest model in torchvision there are less than 2,000 tensors.
+# The state dict of the largest model in torchvision has fewer than 2,000 tensors.
 MOST_MEMBERS = 20_000
 MOST_DIRECTORY_BYTES = 4 << 20
 NAME = re.compile(r"[A-Za-z0-9_.\- ]+(/[A-Za-z0-9_.\- ]+)+")
 LONGEST_NAME = 300
 ENCRYPTED = 1
-# Sizes of 4 GiB and more lie in another field.
+# Sizes of 4 GiB and more are stored in another field.
 ELSEWHERE = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: where its bytes lie, and their checksum."""
+    """A file in an archive: position and size of its content, and its checksum."""
 
     start: int
     size: int
@@ -75,7 +75,7 @@ class Archive:
                 raise DataError(f"refused members {name} and {other}, which overlap")
 
     def read(self, name: str) -> bytearray:
-        """Return the content of a member, checked against its checksum.
+        """Return the content of a member after checking its checksum.
 
         Raises:
             DataError: There is no such member, or it is damaged.
@@ -92,7 +92,7 @@ class Archive:
 
 
 def _directory(data: mmap.mmap) -> tuple[int, int, int]:
-    """Return the number of members, and size and start of the directory, which is bounded."""
+    """Return the number of members, and the size and start of the directory."""
     end = len(data) - END_SIZE
     if end < 0 or data[end : end + 4] != END:
         raise DataError("damaged archive: its end is missing")
@@ -124,7 +124,7 @@ LIMITS = (0xFFFF, ELSEWHERE, ELSEWHERE)
 
 
 def _entry(data: mmap.mmap, position: int, end: int) -> tuple[str, Member, int, int]:
-    """Return name and content of the member at a position of the directory, its header's, and the next position."""
+    """Return name, member, position of its header, and next position for an entry of the directory."""
     if position + CENTRAL_SIZE > end or data[position : position + 4] != CENTRAL:
         raise DataError("damaged archive: an entry of its directory is missing")
     flags, method, _, crc, packed, size, name_size, extra, comment, _, _, _, header = struct.unpack(

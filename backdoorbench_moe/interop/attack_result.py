@@ -1,4 +1,4 @@
-"""BackdoorBench's result files as typed values: `attack_result.pt`, `defense_result.pt` and the lists beside them.
+"""Reading BackdoorBench's result files: `attack_result.pt`, `defense_result.pt` and the lists next to them.
 
 Source:
     BackdoorBench v2.2 (Wu et al., 2022), `utils/save_load_attack.py` and `utils/bd_dataset_v2.py`: the fields.
@@ -31,11 +31,11 @@ LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class StoredSplit:
-    """The images of a training or test set that BackdoorBench changed and stored.
+    """The modified images of a training or test set that BackdoorBench stored.
 
     Attributes:
-        indices: (M,) int64, their places in the clean set, ascending.
-        labels: (M,) int64, the labels that they were given.
+        indices: (M,) int64, their indices in the clean set, ascending.
+        labels: (M,) int64, their new labels.
         true: (M,) int64, their labels in the clean set.
         images: Number of images of the clean set.
     """
@@ -56,10 +56,10 @@ class AttackResult:
     Attributes:
         model: Name of the architecture, such as "preactresnet18".
         num_classes: Number of classes.
-        weights: The state dict, by the names in the file.
+        weights: The state dict, with the names in the file.
         image_size: Height, width and channels of the images.
         dataset: Name of the data set, such as "cifar10".
-        train: The changed training images; None if the file has none.
+        train: The modified training images; None if the file has none.
         test: The triggered test images.
     """
 
@@ -85,7 +85,7 @@ def read_attack_result(path: Path) -> AttackResult:
     """Read an `attack_result.pt`. The paths in it are not used.
 
     Raises:
-        DataError: The file is missing or damaged, or holds something else; the message names the file.
+        DataError: The file is missing or damaged, or has other content; the message names the file.
     """
     fields = _Fields(path, "an attack_result.pt of BackdoorBench")
     size = fields.sequence("img_size", 3)
@@ -107,26 +107,26 @@ def read_defense_result(path: Path) -> DefenseResult:
 
 
 def read_info(path: Path) -> dict[str, str | int | float | bool]:
-    """Read an `info.pickle`, the settings of an attack: those that are texts, numbers or booleans.
+    """Read the settings of an attack from `info.pickle`: strings, numbers and booleans; others are ignored.
 
     Raises:
-        DataError: The file is missing or damaged, or holds something else; the message names the file.
+        DataError: The file is missing or damaged, or has other content; the message names the file.
     """
     values = _Fields(path, "an info.pickle of BackdoorBench").values
     return {name: value for name, value in values.items() if isinstance(value, str | int | float | bool)}
 
 
 def read_poison_list(path: Path) -> np.ndarray:
-    """Read a `train_poison_index_list.pickle`: (N,) bool, which training images were changed.
+    """Read a `train_poison_index_list.pickle`: (N,) bool, which training images were modified.
 
     Raises:
-        DataError: The file is missing or damaged, or holds something else; the message names the file.
+        DataError: The file is missing or damaged, or has other content; the message names the file.
     """
     return _flags(read_torch_file(path), str(path), "train_poison_index_list")
 
 
 class _Fields:
-    """The fields of a file, each checked when it is asked for."""
+    """The fields of a file. Each is checked when it is accessed."""
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, values = path, read_torch_file(path)
@@ -158,7 +158,7 @@ class _Fields:
         return tuple(values)
 
     def model(self) -> dict[str, Any]:
-        """Architecture, number of classes and weights."""
+        """Return architecture, number of classes and weights."""
         classes = self.of("num_classes", int, "a number of classes")
         if not 2 <= classes <= MOST_CLASSES:
             raise self.fault("num_classes", f"2 to {MOST_CLASSES}", classes)
@@ -173,7 +173,7 @@ class _Fields:
         return {"model": self.text("model_name"), "num_classes": classes, "weights": dict(weights)}
 
     def split(self, name: str) -> StoredSplit:
-        """A stored training or test set."""
+        """Return a stored training or test set."""
         state = self.of(name, dict, "the images that were changed")
         container = state.get("bd_data_container")
         stored = container.get("data_dict") if isinstance(container, dict) else None
@@ -192,7 +192,7 @@ class _Fields:
         return StoredSplit(np.array(wanted, np.int64), labels, true, len(flags))
 
     def _row(self, name: str, index: int, entry: object) -> tuple[int, int]:
-        """New and true label of a stored image."""
+        """Return the new and the true label of a stored image."""
         other = entry.get("other_info") if isinstance(entry, dict) else None
         if isinstance(other, list | tuple) and len(other) == 2:
             new, true = other
@@ -206,7 +206,7 @@ class _Fields:
 
 
 def _flags(value: object, path: str, name: str) -> np.ndarray:
-    """Check an array of 0 and 1, one for each image."""
+    """Check an array of 0 and 1, one for each image, and return it as bool."""
     if isinstance(value, PickledArray) and value.values.ndim == 1 and 0 < len(value.values) <= MOST_IMAGES:
         flags = value.values
         if np.isin(flags, (0, 1)).all():
@@ -215,5 +215,5 @@ def _flags(value: object, path: str, name: str) -> np.ndarray:
 
 
 def _short(value: object) -> str:
-    """A value as it is shown in messages: containers and arrays by their type."""
+    """Format a value for messages; containers and arrays by their type."""
     return repr(value)[:80] if isinstance(value, str | int | float | None) else type(value).__name__

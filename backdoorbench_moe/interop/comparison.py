@@ -1,4 +1,4 @@
-"""An imported result's numbers beside BackdoorBench's own."""
+"""Comparing the metrics of an imported result with those of BackdoorBench."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.interop.result_folder import TEST_IMAGES, ResultFolder
 
-# Percentage points by which a number may differ from BackdoorBench's own.
+# Percentage points by which a metric may differ from BackdoorBench's.
 TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric measured here, beside BackdoorBench's own.
+    """A metric measured here, and BackdoorBench's value.
 
     Attributes:
         name: "ba", "asr" or "ra".
-        here: Measured here, in percent.
-        there: BackdoorBench's, in percent; None if its folder does not say.
+        here: The value measured here, in percent.
+        there: The value in BackdoorBench's folder, in percent; None if there is none.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Imported:
     Attributes:
         run: The finished run.
         compared: BA, ASR and RA.
-        source: The csv with BackdoorBench's numbers; None if there is none.
+        source: The CSV file with BackdoorBench's metrics; None if there is none.
     """
 
     run: Run
@@ -44,7 +44,7 @@ class Imported:
 
 
 def compare(run: Run, place: ResultFolder) -> Imported:
-    """Set a run's numbers beside BackdoorBench's. Raises DataError if one is more than `TOLERANCE` from it."""
+    """Compare a run's metrics with BackdoorBench's. Raises DataError if one differs by more than `TOLERANCE`."""
     found = place.own_numbers()
     theirs, source = ({}, None) if found is None else found
     compared = tuple(Comparison(name, run.value(name), theirs.get(name)) for name in ("ba", "asr", "ra"))

@@ -1,7 +1,7 @@
-"""Scripts for users of other tools, which run them where they trust the files.
+"""Scripts that users of other tools run on files that they trust.
 
-They need that tool's packages and not this one. `python -m backdoorbench_moe.interop.export_script` prints the one for
-whole pickled modules.
+The scripts need the packages of the other tool, but not this one. `python -m backdoorbench_moe.interop.export_script`
+prints the script for pickled modules.
 """
 
 from __future__ import annotations

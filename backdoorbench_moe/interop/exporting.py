@@ -1,4 +1,4 @@
-"""Writing a run as a result folder of BackdoorBench: PNG files, its csv, and a script that makes the pickle."""
+"""Exporting a run as a result folder of BackdoorBench: PNG files, a CSV file, and a script that writes the pickle."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
 def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None = None) -> Path:
     """Write a run as BackdoorBench's result folder.
 
-    No pickle is written: the script `make_attack_result.py` in the folder makes `attack_result.pt`, where BackdoorBench
-    runs. BackdoorBench can build the model only if it is one of its own architectures (`backdoorbench:...`); with any
-    other, its tools can use the images and the csv, and the script names the model as it is called here.
+    No pickle is written: the script `make_attack_result.py` in the folder writes `attack_result.pt` where BackdoorBench
+    runs. BackdoorBench can build the model only if it is one of its own architectures (`backdoorbench:...`). With any
+    other model its tools can use the images and the CSV file, and the script uses this package's name of the model.
 
     Args:
         run: A finished, attacked run of one model, with a trigger.
-        folder: The folder, which must not exist or be empty. It appears whole or not at all.
-        data_root: Folder of the data set; None for the one that the run used.
+        folder: The folder, which must not exist or be empty. It is written completely or not at all.
+        data_root: Folder of the data set; None for the folder that the run used.
 
     Returns:
         The folder.
 
     Raises:
         ConfigError: The run has no attack with a trigger, or is a mixture; or the folder is not empty.
-        RecordError: The run is not finished, or the disk refuses.
+        RecordError: The run is not finished, or the folder cannot be written.
     """
     check_finished(run)
     spec, target = run.located_spec(), Path(folder)
@@ -106,7 +106,7 @@ def _write_train(target: Path, setup: ImageSetup, images: ImageSet) -> dict[str,
     plan, train = setup.plan, images.train
     assert plan is not None
     changed = torch.cat(list(plan.groups.values())).sort().values
-    if not len(changed):  # The attacker poisoned batches, or the training set is not known.
+    if not len(changed):  # The attack poisons batches, or the training set is not known.
         return None
     place = changed.to(train.labels.device)
     true = train.labels[place].clone()
@@ -144,7 +144,7 @@ def _write_weights(target: Path, name: str, model: nn.Module, facts: dict[str, A
 
 
 def _check_normalisation(model: nn.Module, dataset: str, target: Path) -> None:
-    """Warn if BackdoorBench would normalise images otherwise than the model expects."""
+    """Warn if BackdoorBench's normalisation of images is not the one that the model expects."""
     theirs = NORMALISATION.get(dataset)
     if theirs is None or (isinstance(model, BackdoorBenchModel) and model.normalisation == theirs):
         return
@@ -157,7 +157,7 @@ def _check_normalisation(model: nn.Module, dataset: str, target: Path) -> None:
 
 
 def _write_numbers(path: Path, run: Run) -> None:
-    """Write the metrics as BackdoorBench does: fractions, by epoch; here of the last one only."""
+    """Write the metrics as BackdoorBench does, as fractions by epoch, but for the last epoch only."""
     metrics = run.record.metrics
     row = {column: metrics[name]["value"] / 100 for name, column in COLUMNS.items() if name in metrics}
     with path.open("w", newline="", encoding="utf-8") as file:

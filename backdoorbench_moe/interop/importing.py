@@ -1,4 +1,4 @@
-"""Making a run of a result of BackdoorBench: the model, its poisoned images, and its numbers measured again."""
+"""Importing a result of BackdoorBench as a run: the model, its poisoned images, and its metrics, measured again."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from backdoorbench_moe.triggers.stored import write_stored
 
 # As BackdoorBench measures.
 PRECISION: Literal["fp32"] = "fp32"
-# Mean and standard deviation by BackdoorBench's name of the data set; images of the others are not normalised.
+# Mean and standard deviation by BackdoorBench's name of the data set. Images of other data sets are not normalised.
 NORMALISATION: dict[str, tuple[Colour, Colour]] = {
     "cifar10": NORMALISATIONS["cifar10"],
     "cifar100": NORMALISATIONS["cifar100"],
     "tiny": NORMALISATIONS["tiny-imagenet"],
     "gtsrb": NORMALISATIONS["none"],
 }
-# The data sets by their name here; for others it is given.
+# Names of the data sets in this package by BackdoorBench's names; others must be given.
 DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny": "tiny-imagenet", "gtsrb": "gtsrb"}
-# Attacks of BackdoorBench that draw other images in every batch: their training images are stored afterwards.
+# Attacks of BackdoorBench that poison other images in every batch; their training images are stored afterwards.
 REDRAWN = ("wanet", "bpp", "inputaware", "lira")
 
 
@@ -68,13 +68,13 @@ def import_backdoorbench(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Imported:
-    """Make a run of a result folder of BackdoorBench, and measure it.
+    """Import a result folder of BackdoorBench as a run, and measure it.
 
     Args:
         folder: The folder with `attack_result.pt`.
-        defense: Name of a defense in it, to import the defended model; None for the attacked one.
-        dataset: Name of the clean data set; None for the one that the result names.
-        data_options: Its options, such as `train_images` if the result is on a part of it.
+        defense: Name of a defense in the folder, to import the defended model; None for the attacked model.
+        dataset: Name of the clean data set; None for the one in the result.
+        data_options: Options of the data set, such as `train_images` if the result used a subset.
         data_root: Folder of the data set.
         normalisation: Mean and standard deviation of each channel, for images in [0, 1]; None for those that
             BackdoorBench uses for the data set.
@@ -83,11 +83,11 @@ def import_backdoorbench(
         observer: Receives progress.
 
     Returns:
-        The run, and its numbers beside BackdoorBench's. A run that was imported before is only read.
+        The run, and its metrics with those of BackdoorBench. An existing import is only read.
 
     Raises:
-        BbmoeError: The folder, the data or an option cannot be used; or a number is more than half a percentage point
-            from BackdoorBench's own.
+        BbmoeError: The folder, the data or an option cannot be used; or a metric differs from BackdoorBench's by more
+            than half a percentage point.
     """
     place = ResultFolder(Path(folder), defense)
     refuse_trojai(place.path)
@@ -120,7 +120,7 @@ def import_backdoorbench(
 
 
 def _clean_spec(dataset: PartSpec, device: str) -> RunSpec:
-    """A spec with the data, device and precision of the run that is made."""
+    """Return a clean spec with the data, device and precision of the imported run."""
     clean = PoisonSpec(rate=0.0)
     return RunSpec(
         dataset=dataset,
@@ -159,10 +159,10 @@ def _dataset(
 
 
 def check_labels(place: ResultFolder, attack: AttackResult, images: ImageSet) -> None:
-    """Check that the clean data are those of a result: as many images, in the same order.
+    """Check that the clean data match a result: the same number of images in the same order.
 
     Raises:
-        DataError: The number of images or classes differs, or a stored image has another label there than here.
+        DataError: The number of images or classes differs, or a stored image has another label in the data set.
     """
     file = place.path / ATTACK
     if images.num_classes != attack.num_classes:
@@ -192,10 +192,10 @@ def check_labels(place: ResultFolder, attack: AttackResult, images: ImageSet) ->
 def read_poison(
     place: ResultFolder, attack: AttackResult, images: ImageSet
 ) -> tuple[PoisonSpec, PoisonPlan | None]:
-    """Return what the attacker wants, as a spec, and which training images were changed; None if that is not known.
+    """Return the poison settings, and the modified training images; None if these are not known.
 
     Raises:
-        DataError: The labels of the triggered test images follow neither one target class nor the next class.
+        DataError: The labels of the triggered test images are neither a single target class nor the next class.
     """
     test, classes = attack.test, attack.num_classes
     targets = set(test.labels.tolist())
@@ -230,12 +230,12 @@ def read_poison(
 def read_plan(train: StoredSplit, target: int | None, classes: int) -> PoisonPlan:
     """Return the groups of stored training images.
 
-    If all have the label that the attacker wants, all are poison, those of the target class included. Otherwise there
-    are noise images among them, which keep their label: then poison is what has another one.
+    If all images have the label that the attacker wants, all are poison images, including those of the target class.
+    Otherwise images that keep their label are noise images, and the others are poison images.
 
     Args:
         train: The stored images.
-        target: The target class; None if the next class is wanted.
+        target: The target class; None for the next class of each image.
         classes: Number of classes.
     """
     indices, labels, true = map(torch.from_numpy, (train.indices, train.labels, train.true))
@@ -286,7 +286,7 @@ def _model(
 
 
 def _warn_of_redrawn(place: ResultFolder, plan: PoisonPlan | None) -> None:
-    """Warn if there is a stored training set that was made after training."""
+    """Warn if the stored training set was written after training and is not what the model was trained on."""
     path = place.path / INFO
     name = read_info(path).get("attack") if path.exists() else None
     if plan is not None and name in REDRAWN:
@@ -299,7 +299,7 @@ def _warn_of_redrawn(place: ResultFolder, plan: PoisonPlan | None) -> None:
 
 
 def recipe(place: ResultFolder) -> TrainSpec:
-    """BackdoorBench's recipe, with which defenses tune; its settings are in `info.pickle`, if there is one."""
+    """Return BackdoorBench's training recipe, which defenses use, with settings from `info.pickle` if it exists."""
     path = place.path / INFO
     info = read_info(path) if path.exists() else {}
     names = {
@@ -317,7 +317,7 @@ def recipe(place: ResultFolder) -> TrainSpec:
 
 
 class ResultMaker(Maker):
-    """Makes a run of an imported result: it loads and measures the model, and trains nothing.
+    """Creates the run of an imported result: loads and measures the model, without training.
 
     Args:
         spec: The run's spec.

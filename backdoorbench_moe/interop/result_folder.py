@@ -1,4 +1,4 @@
-"""A result folder of BackdoorBench on disk: its files, its images and its own numbers."""
+"""A result folder of BackdoorBench: its files, images and metrics."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from backdoorbench_moe.interop.attack_result import ATTACK, DEFENSE, StoredSplit
 
 TRAIN_IMAGES, TEST_IMAGES = "bd_train_dataset", "bd_test_dataset"
 SUFFIX = ".png"
-# BackdoorBench's columns, all fractions, by the metric's name here.
+# BackdoorBench's columns, which are fractions, by the metric's name in this package.
 COLUMNS = {"ba": "test_acc", "asr": "test_asr", "ra": "test_ra"}
 MOST_CSV_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """The folder of an attack, or of a defense of it.
+    """The folder of an attack, or of a defense against it.
 
     Attributes:
         path: The attack's folder, with `attack_result.pt` and the images.
-        defense: Name of the defense, whose result is in the folder "defense"; None for the attack itself.
+        defense: Name of the defense, whose result is in the subfolder "defense"; None for the attack itself.
     """
 
     path: Path
     defense: str | None = None
 
     def check(self) -> None:
-        """Check that the folder may be a result.
+        """Check that the folder looks like a result.
 
         Raises:
-            DataError: It is none.
+            DataError: It does not.
         """
         expected = f"FOLDER {self.path}: expected a result folder of BackdoorBench, with {ATTACK}"
         if not self.path.is_dir():
@@ -53,7 +53,7 @@ class ResultFolder:
 
     @property
     def weights_file(self) -> Path:
-        """The file that has the weights."""
+        """The file with the weights."""
         return self.path / ATTACK if self.defense is None else self._defense_folder / DEFENSE
 
     @property
@@ -66,18 +66,18 @@ class ResultFolder:
         return self.path / "defense" / self.defense
 
     def images(self, folder: str, split: StoredSplit, side: int) -> Tensor:
-        """Read stored images; their paths follow from label and place alone.
+        """Read stored images. Their paths are derived from label and index only.
 
         Args:
             folder: `TRAIN_IMAGES` or `TEST_IMAGES`.
-            split: Which images.
-            side: Height and width that they must have.
+            split: The images to read.
+            side: Expected height and width.
 
         Returns:
             (M, 3, side, side) uint8, in the order of `split`.
 
         Raises:
-            DataError: An image is missing, no PNG file, a link, or of another size; the message names it.
+            DataError: An image is missing, not a PNG file, a link, or has another size; the message names it.
         """
         root = self.path / folder
         paths = [
@@ -96,7 +96,7 @@ class ResultFolder:
         )
 
     def own_numbers(self) -> tuple[dict[str, float], Path] | None:
-        """Read what BackdoorBench measured at the end: BA, ASR and RA in percent, and the file they are from.
+        """Read the final metrics of BackdoorBench: BA, ASR and RA in percent, and the path of their file.
 
         Returns:
             None if there is no such file, or it has none of these columns.
@@ -117,7 +117,7 @@ class ResultFolder:
 
 
 def _check_image(path: Path, side: int) -> None:
-    """Check the header of an image file, so that none is decoded that would be large."""
+    """Check the header of an image file before decoding, so that no large image is decoded."""
     if path.is_symlink() or not path.is_file():
         raise DataError(f"{path}: " + ("expected a file, got a link" if path.is_symlink() else "not found"))
     try:
@@ -130,7 +130,7 @@ def _check_image(path: Path, side: int) -> None:
 
 
 def _last_row(path: Path) -> dict[str, float]:
-    """The metrics in the last row of a csv that has them all; a summary has others above it."""
+    """Return the metrics in the last row of a CSV file that has any; a summary has other rows above it."""
     if path.stat().st_size > MOST_CSV_BYTES:
         raise DataError(
             f"{path}: expected a file of at most {MOST_CSV_BYTES} bytes, got {path.stat().st_size}"

@@ -1,4 +1,4 @@
-"""Tensors in files of `torch.save`: what a file says about them is checked against the bytes that it has."""
+"""Tensors in files of `torch.save`, whose descriptions are checked against the data in the file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.pickles import NUMPY, Global, Stateful
 
 MOST_AXES = 8
-# No size, stride or product of sizes may reach it: they have to fit into torch's integers.
+# Sizes, strides and products of sizes must be below this, so that they fit into torch's integers.
 LARGEST = 1 << 40
 MOST_TENSORS = 20_000
-# The types of numbers that BackdoorBench's models and toolbox's tensors have.
+# The dtypes of BackdoorBench's models and backdoor-toolbox's tensors.
 STORAGES = {"FloatStorage": torch.float32, "LongStorage": torch.int64}
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The numbers that tensors are views of.
+    """The numbers of which tensors are views.
 
     Attributes:
         key: Its name in the file.
-        values: (N,) all its numbers.
-        used: The parts that are tensors already, as (first, behind the last), in ascending order.
+        values: (N,) all numbers.
+        used: The ranges [first, end) that existing tensors use, in ascending order.
     """
 
     key: str
@@ -38,7 +38,7 @@ class Storage:
     used: list[tuple[int, int]]
 
     def claim(self, first: int, behind: int) -> None:
-        """Note that a part is a tensor. Raises DataError if it overlaps another, or there are too many."""
+        """Mark a range as used by a tensor. Raises DataError if it overlaps another, or there are too many."""
         place = bisect.bisect(self.used, (first, behind))
         beside = self.used[max(0, place - 1) : place + 1]
         if any(start < behind and first < end for start, end in beside):
@@ -52,7 +52,7 @@ class Storages:
     """The storages of a file. Each is read once, when the pickle first refers to it.
 
     Args:
-        make: Returns the numbers of a storage, given its key, type and count, which it checks against the file.
+        make: Returns the numbers of a storage with a key, dtype and count, which it checks against the file.
     """
 
     def __init__(self, make: Callable[[str, torch.dtype, int], Tensor]) -> None:
@@ -63,7 +63,7 @@ class Storages:
         """Return the storage for a persistent id: ("storage", type, key, place, count), and None in old files.
 
         Raises:
-            DataError: It is something else, or the file has other bytes for it.
+            DataError: The id has another format, or does not match the data in the file.
         """
         match pid:
             case ("storage", Global(name=name), str(key), str(), int(count), *view) if view in ([], [None]):
@@ -85,10 +85,10 @@ class Storages:
 
 
 class Named(dict[str, Any], Stateful):
-    """An ordered dict, as a state dict is; the versions of modules that are attached to it are dropped."""
+    """An ordered dict, such as a state dict. The versions of modules that are attached to it are dropped."""
 
     def set_state(self, state: object) -> None:
-        """Take the attributes: torch attaches `_metadata`."""
+        """Accept the attributes; torch attaches `_metadata`."""
         if not isinstance(state, dict) or set(state) - {"_metadata"}:
             raise DataError("refused attributes of a dict other than _metadata")
 
@@ -100,10 +100,10 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> Named:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> Tensor:
-    """Return the tensor for (storage, offset, size, stride, needs gradient, hooks).
+    """Return the tensor for (storage, offset, size, stride, requires_grad, hooks).
 
     Raises:
-        DataError: It lies outside the storage, overlaps itself or another tensor, or has hooks.
+        DataError: It exceeds the storage, overlaps itself or another tensor, or has hooks.
     """
     match arguments:
         case (Storage() as storage, int(offset), tuple(size), tuple(stride), bool(), dict(hooks)):
@@ -128,7 +128,7 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
         raise DataError(
             f"refused a tensor of size {size} and stride {stride}: its numbers overlap or lie apart"
         )
-    # What the checks above do not see: axes of a tensor without numbers, and strides of axes of length 1.
+    # Not covered by the checks above: axes of tensors without numbers, and strides of axes of length 1.
     if max(whole) >= LARGEST or math.prod(max(1, n) for n in size) >= LARGEST:
         raise DataError(f"refused a tensor of size {size} and stride {stride}: larger than any that is read")
     if not count:
@@ -138,7 +138,7 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
 
 
 def _dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether a tensor covers as many numbers as it has, in any order of its axes."""
+    """Return whether a tensor is dense, for any order of its axes."""
     expected = 1
     for step, length in sorted(
         (step, length) for step, length in zip(stride, size, strict=True) if length != 1
@@ -150,11 +150,11 @@ def _dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def little_endian() -> bool:
-    """Whether this machine stores numbers as the files do."""
+    """Return whether this machine is little-endian, like the files."""
     return sys.byteorder == "little"
 
 
-# All that BackdoorBench's files refer to: nothing else is admitted.
+# All globals in BackdoorBench's files; no others are allowed.
 TORCH: dict[tuple[str, str], Global] = {
     ("collections", "OrderedDict"): Global("collections.OrderedDict", _ordered_dict),
     ("torch._utils", "_rebuild_tensor_v2"): Global("torch._utils._rebuild_tensor_v2", _tensor),

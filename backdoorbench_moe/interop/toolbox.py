@@ -1,4 +1,4 @@
-"""Poisoned training sets of backdoor-toolbox, and folders of TrojAI, which are refused.
+"""Reading poisoned training sets of backdoor-toolbox, and refusing folders of TrojAI.
 
 Source:
     backdoor-toolbox (Xie et al.): `poisoned_train_set/<data>/<attack>_<rate>.../`. TrojAI: `id-XXXXXXXX/`.
@@ -24,9 +24,9 @@ class ToolboxSet:
     """A poisoned training set.
 
     Attributes:
-        train: All training images and labels, as the model sees them.
-        poison: (n,) int64, places of the poisoned images, ascending.
-        cover: (c,) int64, places of the cover images, ascending; empty if there are none.
+        train: All training images and labels, after poisoning.
+        poison: (n,) int64, indices of the poisoned images, ascending.
+        cover: (c,) int64, indices of the cover images, ascending; empty if there are none.
     """
 
     train: Split
@@ -35,13 +35,13 @@ class ToolboxSet:
 
 
 def read_toolbox_set(folder: Path | str) -> ToolboxSet:
-    """Read the files `imgs`, `labels`, `poison_indices` and, if there is one, `cover_indices` of a folder.
+    """Read the files `imgs`, `labels`, `poison_indices` and, if it exists, `cover_indices` of a folder.
 
     Args:
-        folder: The folder of one poisoned training set.
+        folder: The folder of a poisoned training set.
 
     Raises:
-        DataError: A file is missing or damaged, or holds something else; the message names it.
+        DataError: A file is missing or damaged, or has other content; the message names it.
     """
     root = Path(folder)
     images = read_torch_file(root / "imgs")
@@ -71,7 +71,7 @@ def _as_bytes(images: Tensor) -> Tensor:
 
 
 def _numbers(path: Path) -> Tensor:
-    """Read a tensor or list of whole numbers."""
+    """Read a tensor or list of integers."""
     values = read_torch_file(path)
     if isinstance(values, list) and all(type(v) is int and abs(v) < 1 << 62 for v in values):
         values = torch.tensor(values, dtype=torch.int64)
@@ -90,10 +90,10 @@ def _places(path: Path, images: int) -> Tensor:
 
 
 def refuse_trojai(folder: Path) -> None:
-    """Raise DataError if a folder is one of TrojAI: its model is a whole pickled module, which only runs.
+    """Raise DataError if a folder is from TrojAI, whose models are pickled modules: reading them runs code.
 
     Args:
-        folder: The folder that is to be imported.
+        folder: The folder to import.
     """
     if (folder / "model.pt").exists() and (folder / "config.json").exists():
         raise DataError(

@@ -1,7 +1,7 @@
-"""Reading files of `torch.save`, as archive or in the form before it, without `torch.load`.
+"""Reading files of `torch.save`, in the zip or the legacy format, without `torch.load`.
 
-`torch.load(weights_only=True)` runs no code of the file either. But it makes what the file asks for, such as an array
-of any shape or a tensor that repeats one number without end, and it admits more than these files hold.
+`torch.load(weights_only=True)` runs no code of the file either. But it creates whatever the file requests, such as an
+array of any shape or an expanded tensor of any size, and it accepts more types than these files contain.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from backdoorbench_moe.pickles import Limits, check_structure, read_value
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MOST_BYTES = 4 << 30
 LIMITS = Limits()
-# Heads of the old form are a number, a number and a few settings.
+# The headers of the legacy format are two numbers and a few settings.
 HEAD = Limits(nbytes=10_000, operations=1000)
-# What is read, for the message about a global of something else.
+# The readable types, for the message about other globals.
 ONLY = "tensors and numpy arrays"
 
 
 def read_torch_file(path: Path) -> object:
-    """Read a file that `torch.save` wrote: dicts, lists, texts, numbers, tensors and numpy arrays.
+    """Read a file of `torch.save` with dicts, lists, strings, numbers, tensors and numpy arrays.
 
     Args:
         path: The file.
 
     Returns:
-        Its content. Tensors are on the CPU, and arrays are `pickles.PickledArray`.
+        The content. Tensors are on the CPU, and arrays are `pickles.PickledArray`.
 
     Raises:
-        DataError: The file is missing, damaged or too large, or holds anything else; the message names the file.
+        DataError: The file is missing, damaged or too large, or has other content; the message names the file.
     """
     try:
         with mapped(path) as data:
@@ -54,7 +54,7 @@ def read_torch_file(path: Path) -> object:
 
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[mmap.mmap]:
-    """Map a file into memory inside the block. Raises DataError if it is no file, empty or too large."""
+    """Map a file into memory inside the block. Raises DataError if it is not a file, empty or too large."""
     try:
         with path.open("rb") if path.is_file() else _no_file(path) as file:
             size = path.stat().st_size
@@ -112,7 +112,7 @@ def _read_archive(data: mmap.mmap) -> object:
 
 
 def _read_old(data: mmap.mmap) -> object:
-    """Read the form of PyTorch before 1.6: five pickles, then the storages' numbers, each behind their count."""
+    """Read the format of PyTorch before 1.6: five pickles, then the storages, each a count and its numbers."""
     if data[:1] != b"\x80":
         raise DataError("expected a file of torch.save")
     magic, position = read_value(data, {}, limits=HEAD, only="numbers")
@@ -148,7 +148,7 @@ def _read_old(data: mmap.mmap) -> object:
 
 
 def _fill(storage: Storage, data: mmap.mmap, position: int) -> int:
-    """Read the numbers of a storage into the memory that its tensors are views of; return the next position."""
+    """Read the numbers of a storage into the memory of its tensors, and return the next position."""
     values = storage.values
     end = position + 8 + len(values) * values.itemsize
     if end > len(data) or struct.unpack("<q", data[position : position + 8])[0] != len(values):

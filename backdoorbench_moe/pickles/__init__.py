@@ -1,4 +1,4 @@
-"""Pickles as data: files that other tools wrote are read without running anything that they refer to."""
+"""Reading pickles as data, without importing or calling anything that they refer to."""
 
 from backdoorbench_moe.pickles.arrays import NUMPY, PickledArray
 from backdoorbench_moe.pickles.machine import Global, Limits, Stateful, read_value

@@ -1,4 +1,4 @@
-"""What stands for numpy's globals in pickles: arrays and numbers of fixed types, made from the bytes in the file."""
+"""Replacements for numpy's globals in pickles: arrays and numbers of fixed types, read from the bytes in the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from backdoorbench_moe.errors import DataError
 from backdoorbench_moe.pickles.machine import Global, Stateful
 
-# Booleans, integers and floats; no objects, texts, records or dates.
+# Booleans, integers and floats; no objects, strings, records or dates.
 CODE = re.compile(r"[<>|=]?([biuf][1248])")
 MOST_AXES = 8
 
@@ -26,7 +26,7 @@ class _Dtype(Stateful):
         self.code, self.order = found[1], "<"
 
     def set_state(self, state: object) -> None:
-        """Take (version, byte order, no sub-type, no names, no fields, ...)."""
+        """Accept (version, byte order, no sub-type, no names, no fields, ...)."""
         match state:
             case (int(), str() | bytes() as order, None, None, None, int(), int(), *_):
                 text = _as_text(order)
@@ -41,13 +41,13 @@ class _Dtype(Stateful):
 
 
 class PickledArray(Stateful):
-    """An array, whose values follow in its state."""
+    """An array, whose values are set by its state."""
 
     def __init__(self) -> None:
         self._values: np.ndarray | None = None
 
     def set_state(self, state: object) -> None:
-        """Take (version, shape, dtype, Fortran order, bytes)."""
+        """Accept (version, shape, dtype, Fortran order, bytes)."""
         match state:
             case (int(), tuple(shape), _Dtype() as kind, bool() | int() as fortran, bytes(raw)):
                 sizes_fit = len(shape) <= MOST_AXES and all(type(size) is int and size >= 0 for size in shape)
@@ -66,7 +66,7 @@ class PickledArray(Stateful):
 
     @property
     def values(self) -> np.ndarray:
-        """The array, of a value that `structure.check_structure` has checked."""
+        """The array. Use it after `structure.check_structure`."""
         assert self._values is not None
         return self._values
 
@@ -79,7 +79,7 @@ def _dtype(arguments: tuple[Any, ...]) -> _Dtype:
 
 
 def _reconstruct(arguments: tuple[Any, ...]) -> PickledArray:
-    """Return an array without values, whatever shape is asked for."""
+    """Return an array without values; the requested shape is ignored."""
     if len(arguments) != 3 or arguments[0] is not NDARRAY:
         raise DataError("expected a numpy array")
     return PickledArray()
@@ -94,7 +94,7 @@ def _scalar(arguments: tuple[Any, ...]) -> int | float | bool:
 
 
 def _encode(arguments: tuple[Any, ...]) -> bytes:
-    """Return bytes that were written as text, as protocols 0 to 2 do."""
+    """Return bytes that were written as text, as in protocols 0 to 2."""
     match arguments:
         case (str(text), "latin1" | b"latin1"):
             try:

@@ -1,7 +1,7 @@
-"""A reader of pickles that builds plain values only: Python's own unpickler, with its imports and calls, is not used.
+"""A reader of pickles that builds plain values only. Python's unpickler, which imports and calls, is not used.
 
-A pickle is a program for a machine with a stack. This one knows the operations that build numbers, texts, bytes, lists,
-tuples and dicts. A global is looked up in a table that the caller gives, and never imported.
+A pickle is a program for a stack machine. This one supports the operations that build numbers, strings, bytes, lists,
+tuples and dicts. Globals are looked up in a table from the caller and never imported.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LONGEST_NUMBER = 1000
 
 @dataclass(frozen=True)
 class Limits:
-    """What a pickle may take at most; it is checked before anything is allocated.
+    """Limits for a pickle, which are checked before memory is allocated.
 
     Args:
-        nbytes: Length of the pickle in bytes, and size of the bytes that its globals make.
-        operations: Number of operations, and so of values.
-        depth: How deep containers may be nested.
+        nbytes: Maximum length of the pickle in bytes, and maximum total size of bytes that calls return.
+        operations: Maximum number of operations, and so of values.
+        depth: Maximum nesting depth of containers.
     """
 
     nbytes: int = 64 << 20
@@ -40,12 +40,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Global:
-    """What stands for a global that a pickle may refer to.
+    """Replacement for a global that a pickle may refer to.
 
     Args:
         name: Its name, such as "numpy.dtype".
-        call: What is returned for a call, given the arguments; None if it may not be called. It raises DataError for
-            other arguments than the files have.
+        call: Returns the result of a call with the given arguments, and raises DataError for unexpected arguments; None
+            if the global must not be called.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Global:
 
 
 class Stateful(ABC):
-    """A value that a pickle gives its content after it has made it."""
+    """A value whose content a pickle sets after creating it."""
 
     @abstractmethod
     def set_state(self, state: object) -> None:
-        """Take the content. Raises DataError if it is not what this value has."""
+        """Set the content. Raises DataError if it does not fit this value."""
 
     @property
     def complete(self) -> bool:
@@ -82,17 +82,17 @@ def read_value(
 
     Args:
         data: The bytes, or a mapped file.
-        admitted: The globals that the pickle may refer to, by module and name.
+        admitted: The allowed globals, by module and name.
         start: Position of the pickle.
-        persistent: Returns the object for a persistent id, which it checks; None to refuse such ids.
-        limits: The limits.
-        only: What is read instead, for the message about another global, such as "numpy arrays".
+        persistent: Checks a persistent id and returns its object; None to refuse such ids.
+        limits: The limits; the defaults if None.
+        only: The readable types, for messages about other globals, such as "numpy arrays".
 
     Returns:
-        The value, which may refer to itself (see `structure.check_structure`), and the position after the pickle.
+        The value, which may contain itself (see `structure.check_structure`), and the position after the pickle.
 
     Raises:
-        DataError: The pickle is damaged, exceeds a limit, or has an operation or a global that is not admitted.
+        DataError: The pickle is damaged, exceeds a limit, or has an operation or global that is not allowed.
     """
     machine = _Machine(data, start, admitted, persistent, limits or Limits(), only)
     try:
@@ -104,7 +104,7 @@ def read_value(
 
 @final
 class _Machine:
-    """The machine: its stack, the marks that delimit items on it, and the memo of values to refer to again."""
+    """The machine, with its stack, the marks that delimit items on it, and the memo of stored values."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _Machine:
             operation(self)
         raise DataError(f"expected a pickle of at most {self.limits.operations} operations, got more")
 
-    # What operations read.
+    # Reading arguments of operations.
 
     def take(self, count: int) -> bytes:
         end = self.position + count
@@ -181,7 +181,7 @@ class _Machine:
             )
         return line
 
-    # What operations do.
+    # Executing operations.
 
     def push(self, value: object) -> None:
         self.stack.append(value)
@@ -193,7 +193,7 @@ class _Machine:
         self.stack = []
 
     def items(self) -> list[Any]:
-        """Return what lies above the last mark."""
+        """Return the values above the last mark."""
         found, self.stack = self.stack, self.marks.pop()
         return found
 
@@ -205,7 +205,7 @@ class _Machine:
         return found
 
     def put(self, number: int) -> None:
-        # A pickle that names more values than it has bytes is no honest one.
+        # A valid pickle cannot store more values than it has bytes.
         if not 0 <= number <= len(self.data):
             raise DataError(f"damaged pickle: stores an object under the number {number}")
         self.memo[number] = self.stack[-1]
@@ -248,7 +248,7 @@ class _Machine:
         self.push(self.measured(function.call(arguments)))
 
     def measured(self, value: object) -> object:
-        """Count the bytes that a call made: a few operations could otherwise ask for gigabytes."""
+        """Count the bytes that calls return; otherwise a few operations could request gigabytes."""
         self.made += len(value) if isinstance(value, bytes) else 0
         if self.made > self.limits.nbytes:
             raise DataError(f"expected values of at most {self.limits.nbytes} bytes, got more")
@@ -275,7 +275,7 @@ def _shown(value: object) -> str:
 
 
 def _key(key: object) -> str | bytes | int:
-    """Check a key of a dict: others would be hashed, and a hash goes as deep as the key."""
+    """Check a key of a dict. Nested keys are refused, since hashing is recursive."""
     if not isinstance(key, str | bytes | int):
         raise DataError(f"expected a dict with texts or numbers as keys, got {_shown(key)}")
     if not isinstance(key, int) and len(key) > LONGEST_NAME:
@@ -307,7 +307,7 @@ def _long(machine: _Machine, form: str) -> None:
 
 
 def _quoted(machine: _Machine) -> None:
-    """Read a text of Python 2, which is bytes, between quotes."""
+    """Read a quoted string of Python 2, which is bytes."""
     line = machine.line()
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
         raise ValueError("a text is not between quotes")
@@ -330,7 +330,7 @@ def _global_line(machine: _Machine) -> None:
 
 
 def _nothing(machine: _Machine) -> None:
-    """Read the length of a frame, which only helps readers of streams."""
+    """Skip the length of a frame, which is only useful for streams."""
     machine.take(8)
 
 

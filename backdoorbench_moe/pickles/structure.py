@@ -1,4 +1,4 @@
-"""Checks of the values that a pickle made."""
+"""Checking the values that a pickle created."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from backdoorbench_moe.pickles.machine import Stateful
 
 
 def check_structure(value: object, depth: int) -> None:
-    """Check that a value made of dicts, lists and tuples is complete, not in itself, and not nested too deeply.
+    """Check that a value of dicts, lists and tuples is complete, does not contain itself, and is not nested too deeply.
 
-    Every container is visited once, so that one of which a few refer to each other many times is no problem.
+    Every container is visited once, so containers that share parts many times are checked quickly.
 
     Args:
         value: The value.
-        depth: How deep containers may be nested.
+        depth: Maximum nesting depth of containers.
 
     Raises:
-        DataError: It contains itself, is nested more deeply, or has an array without values.
+        DataError: The value contains itself, is nested too deeply, or has an array without values.
     """
     open_: dict[int, None] = {}
     heights: dict[int, int] = {}
@@ -57,7 +57,7 @@ def check_structure(value: object, depth: int) -> None:
 
 
 def _parts(container: object) -> Iterator[object]:
-    """The values in a container; keys of dicts are texts or numbers."""
+    """Return the values in a container. Keys of dicts are strings or numbers and need no check."""
     if isinstance(container, dict):
         return iter(container.values())
     assert isinstance(container, list | tuple)

@@ -1,4 +1,4 @@
-"""Writing a package of new parts from templates. It can be installed and passes the conformance tests as it is."""
+"""Writing a package of new parts from templates. The package can be installed and passes the conformance tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class PackagePlan:
-    """A package to be written.
+    """A package to write.
 
     Attributes:
         package: Name of the package.
@@ -41,7 +41,7 @@ class PackagePlan:
 
     @property
     def part(self) -> str:
-        """Name that the parts are registered under."""
+        """Name under which the parts are registered."""
         return self.package.removeprefix("bbmoe-")
 
     def class_name(self, kind: str) -> str:
@@ -58,7 +58,7 @@ def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> PackagePlan:
         kinds: Kinds of parts, keys of `kinds.KINDS`.
 
     Raises:
-        ConfigError: pip or Python does not accept the name, or a package, a module or a part has it already.
+        ConfigError: The name is not valid for pip or Python, or is used by a package, module or part.
         UnknownNameError: A kind is unknown.
     """
     for kind in kinds:
@@ -75,11 +75,11 @@ def plan_package(name: str, kinds: Sequence[str] = ("trigger",)) -> PackagePlan:
 
 
 def write_package(plan: PackagePlan, output: Path) -> Path:
-    """Write a package into a new folder. If writing fails, nothing is left.
+    """Write a package into a new folder. If writing fails, nothing remains.
 
     Args:
         plan: The package.
-        output: Folder in which the package's folder is made.
+        output: Folder in which the package's folder is created.
 
     Returns:
         The package's folder.
@@ -120,7 +120,7 @@ def render_package(plan: PackagePlan) -> Iterator[tuple[str, str]]:
 
 
 def _taken(plan: PackagePlan) -> str | None:
-    """Return what has the name of the package, of its module or of its parts; None if they are free."""
+    """Return what uses the name of the package, its module or its parts; None if the names are free."""
     try:
         return f"a package of that name is installed ({version(plan.package)})"
     except PackageNotFoundError:

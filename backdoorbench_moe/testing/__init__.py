@@ -1,16 +1,14 @@
 """Conformance tests, which every part must pass: trigger, applicator, attack, splitter, gate and so on.
 
-`bbmoe plugin check PACKAGE` runs them over the parts that an installed package registers, and prints which tests
-fail and why. `python -m backdoorbench_moe.testing [PACKAGE] [flags]` runs the same tests with pytest's own output
-and flags, over all registered parts if no PACKAGE is given. They need pytest:
-`pip install 'backdoorbench-moe[plugin]'`.
+`bbmoe plugin check PACKAGE` runs them on the parts of an installed package, and prints which tests fail and why.
+`python -m backdoorbench_moe.testing [PACKAGE] [flags]` runs the same tests with pytest's output and flags, on all
+registered parts if no PACKAGE is given. The tests need pytest: `pip install 'backdoorbench-moe[plugin]'`.
 
-A part tells the tests two things by class attributes:
+A part configures the tests with two class attributes:
 
-- `tiny`: the options that make the part small or short, and those that have no default. A data set that reads files
-  also overrides `write_tiny`.
+- `tiny`: options that make the part small or fast, and those without a default. A data set that reads files also
+  overrides `write_tiny`.
 - `deviations`: tests that the part is known to fail, with a reason for each, as in
-  `{"test_gradients_reach_the_images": "rounds to 8 bits"}`. Such a failure is shown but does not count. A deviation
-  is itself a failure of the part if it names a test that does not run over the part, or one of which every case
-  passes.
+  `{"test_gradients_reach_the_images": "rounds to 8 bits"}`. Such failures are shown but do not count. A deviation is
+  an error if it names a test that does not run on the part, or a test that passes in all cases.
 """

@@ -1,4 +1,4 @@
-"""`python -m backdoorbench_moe.testing [PACKAGE] [flags]`: the conformance tests with pytest's own output."""
+"""`python -m backdoorbench_moe.testing [PACKAGE] [flags]`: the conformance tests with pytest's output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str]) -> int:
-    """Run the tests of this folder with pytest, and return its exit code."""
+    """Run the tests in this folder with pytest and return its exit code."""
     if importlib.util.find_spec("pytest") is None:
         print("pytest is not installed: pip install 'backdoorbench-moe[plugin]'", file=sys.stderr)
         return 2
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--bbmoe-package", *arguments]
-    # Settings, caches and conftest files of the current folder are not used.
+    # Ignore settings, caches and conftest files of the current folder.
     alone = ["-c", os.devnull, "--rootdir", str(HERE), "-p", "no:cacheprovider", "--import-mode=importlib"]
     return int(pytest.main([str(HERE), *alone, *arguments]))
 

@@ -1,4 +1,4 @@
-"""Run the conformance tests on an installed package, in a separate process, and collect the outcome."""
+"""Running the conformance tests on an installed package in a separate process, and collecting the outcome."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Failure:
         cases: Number of its cases.
         case: The first case that fails.
         reason: The error of that case.
-        line: The line of code that raised it; empty if the process ended.
+        line: The line of code that raised it; empty if the process terminated.
     """
 
     test: str
@@ -48,7 +48,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A test that a part fails, as it declares in its `deviations`.
+    """A test that a part fails as declared in its `deviations`.
 
     Attributes:
         test: Name of the test.
@@ -72,11 +72,11 @@ class PartCheck:
         name: Name of the part.
         result: "passes"; "fails"; or "broken" if the part cannot be used.
         passed: Number of cases that passed.
-        failed: Number of cases that failed and are not declared as deviations.
+        failed: Number of cases that failed without a declared deviation.
         skipped: Number of cases that were skipped.
         reason: Why the part is broken, or why none of its tests ran; None otherwise.
-        failures: The tests that failed, without the declared ones.
-        deviations: The tests that failed and are declared as deviations.
+        failures: The tests that failed without a declared deviation.
+        deviations: The tests that failed as declared.
     """
 
     kind: str
@@ -97,7 +97,7 @@ class PackageCheck:
     Attributes:
         package: Name of the package.
         version: Version of the package.
-        interfaces: Versions of the interfaces that it is written for.
+        interfaces: Interface versions that it supports.
         parts: The outcome for each part, in the order of the kinds.
     """
 
@@ -115,16 +115,16 @@ class PackageCheck:
 def check_package(package: str, *, timeout: float) -> PackageCheck:
     """Run the conformance tests on every part that an installed package registers.
 
-    A part that cannot be used is reported with its reason and is not tested; the others are.
+    A part that cannot be used is reported with the reason and not tested.
 
     Args:
         package: Name of the package.
-        timeout: Seconds that one test may take. Has no effect if pytest-timeout is not installed.
+        timeout: Time limit for each test in seconds. Has no effect if pytest-timeout is not installed.
 
     Raises:
         UnknownNameError: The package is not installed.
         ConfigError: The package registers nothing, or pytest is not installed.
-        PluginError: The tests could not be run.
+        PluginError: The tests did not run to completion.
     """
     candidates = find_candidates(package)
     if find_spec("pytest") is None:
@@ -171,13 +171,13 @@ def find_candidates(package: str) -> list[Candidate]:
 
 
 def _run_tests(package: str, timeout: float) -> list[Row]:
-    """Run the tests and return a row for every case. If a case ended the process, its row is the last one."""
+    """Run the tests and return a row for every case. If a case terminated the process, its row is the last one."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
         report = Path(folder) / "report.jsonl"
         command = [sys.executable, "-m", "backdoorbench_moe.testing", package, f"--bbmoe-report={report}"]
         if find_spec("pytest_timeout"):
-            # This method ends the whole process, because compiled code that does not return cannot be interrupted.
+            # This method terminates the process, because compiled code that does not return cannot be interrupted.
             command += [f"--timeout={timeout}", "--timeout-method=thread"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
@@ -195,8 +195,8 @@ def _run_tests(package: str, timeout: float) -> list[Row]:
 def _attribute(rows: list[Row], own: set[Part]) -> dict[Part, list[Row]]:
     """Return the rows of each part of the package.
 
-    Some tests use two parts. If such a test fails and only one of the parts also fails tests on its own, the failure
-    counts for that part alone.
+    Some tests use two parts. If such a test fails and only one of the two also fails a test without the other, the
+    failure is attributed to that part only.
     """
     teams = [own.intersection(row["parts"].items()) for row in rows]
     failing = [(row["outcome"] == "failed", team) for row, team in zip(rows, teams, strict=True)]

@@ -1,4 +1,4 @@
-"""Which parts the conformance tests run over, known deviations, and a report of the outcome of every test."""
+"""Pytest configuration: selection of parts, known deviations, and a report of all outcomes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-# One thread, set before torch is imported: the models are small, and sums do not depend on the machine.
+# One thread, set before torch is imported: the models are small, and sums then do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Decoded images of tests are kept only as long as these run.
+# The cache of decoded images is deleted after the tests.
 if "BBMOE_CACHE" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="bbmoe-cache-")
     os.environ["BBMOE_CACHE"] = CACHE.name
@@ -25,7 +25,7 @@ from backdoorbench_moe.testing.selection import Selection, kind_of
 HERE = Path(__file__).parent
 CHOSEN = pytest.StashKey[Selection]()
 DEVIATIONS = pytest.StashKey[Deviations]()
-# Names of the tests by the part that they run over, and the names of the files that these stand in.
+# Names of the tests by the part that they run on, and the names of their files.
 TESTS = pytest.StashKey[defaultdict[Part, set[str]]]()
 FILES = pytest.StashKey[set[str]]()
 DEVIATING = "deviating_part"
@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize tests by the names that they take: `trigger_name`, or `defense_name` and `model_name`, and so on."""
+    """Parametrize tests by their arguments: `trigger_name`, or `defense_name` and `model_name`, and so on."""
     stash = metafunc.config.stash
     stash[FILES].add(metafunc.definition.path.name)
     if DEVIATING in metafunc.fixturenames:
@@ -72,7 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that have no part to run over, and expect failures that a part declares."""
+    """Deselect tests without a part, and mark failures that a part declares as expected."""
     ours = [item for item in items if item.path.is_relative_to(HERE)]
     without = [item for item in ours if None in _names(item).values()]
     if without:
@@ -80,14 +80,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in without]
     for item in ours:
         if item not in without and (reason := config.stash[DEVIATIONS].collect(_parts(item), _test(item))):
-            # Not strict for each case: a part may deviate in one type of images only. See test_deviations.py.
+            # Not strict for each case: a part may deviate for one type of images only. See test_deviations.py.
             item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
     items.sort(key=lambda item: DEVIATING in getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Report that a test starts, as a part may end Python."""
+    """Report that a test starts, since a part may terminate Python."""
     _write(item, {"outcome": "started"})
 
 
@@ -107,13 +107,13 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def partner_models(pytestconfig: pytest.Config) -> list[str]:
-    """The models that a defense is tested on."""
+    """The models on which a defense is tested."""
     return pytestconfig.stash[CHOSEN].partners("model")
 
 
 @pytest.fixture(scope="session")
 def deviation_faults(pytestconfig: pytest.Config) -> Callable[[Part], list[str]]:
-    """A function that says what is wrong with the deviations of a part."""
+    """A function that returns the faults of the deviations of a part."""
     stash = pytestconfig.stash
     complete = stash[FILES] >= {path.name for path in HERE.glob("test_*.py")}
     return lambda part: stash[DEVIATIONS].faults(part, stash[TESTS][part] if complete else None)
@@ -127,12 +127,12 @@ def _write(item: pytest.Item, row: dict[str, Any]) -> None:
 
 
 def _test(item: pytest.Item) -> str:
-    """The name of the test, without its case."""
+    """Return the name of the test without its case."""
     return str(getattr(item, "originalname", item.name))
 
 
 def _names(item: pytest.Item) -> dict[str, Any]:
-    """The names of the parts that a test runs over, by kind; a name is None if there is no such part."""
+    """Return the names of the parts that a test runs on, by kind; a name is None if there is no such part."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if DEVIATING in params:
         return dict([params[DEVIATING] or (DEVIATING, None)])
@@ -144,7 +144,7 @@ def _parts(item: pytest.Item) -> list[Part]:
 
 
 def _reason(error: pytest.ExceptionInfo[BaseException]) -> dict[str, str]:
-    """The error in one line, and the line of code that raised it, in torch's callers rather than in torch."""
+    """Return the error in one line, and the line of code that raised it, outside torch if possible."""
     if isinstance(error.value, pytest.fail.Exception) and not error.value.pytrace:
         return {"reason": str(error.value), "line": ""}
     lines = [line.strip() for line in error.exconly().splitlines()]

@@ -1,4 +1,4 @@
-"""Known deviations: conformance tests that a part says it fails, with the reason for each."""
+"""Known deviations: conformance tests that a part declares to fail, with a reason for each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def declared(kind: str, name: str) -> dict[str, str]:
         name: Name of the part.
 
     Returns:
-        Reasons by name of the test; empty if the part declares none, if it does not load, or if its `deviations` are
-        malformed.
+        Reasons by name of the test; empty if the part declares none, cannot be loaded, or has malformed `deviations`.
     """
     given = _attribute(kind, name)
     return dict(given) if _well_formed(given) else {}
@@ -34,21 +33,21 @@ def declares(kind: str, name: str) -> bool:
 
 
 class Deviations:
-    """The declared deviations of the parts under test, and the outcome of every case of the tests that they name."""
+    """The declared deviations of the tested parts, and the outcomes of all cases of their tests."""
 
     def __init__(self) -> None:
         self._collected: Counter[tuple[Part, str]] = Counter()
         self._outcomes: defaultdict[tuple[Part, str], Counter[str]] = defaultdict(Counter)
 
     def collect(self, parts: Collection[Part], test: str) -> str | None:
-        """Count a case that is going to run.
+        """Count a case that will run.
 
         Args:
-            parts: The parts that it tests.
+            parts: The tested parts.
             test: Name of the test.
 
         Returns:
-            The reason why the test may fail, if one of the parts declares it.
+            The declared reason for a failure; None if no part declares one.
         """
         declaring = {part: reasons[test] for part in parts if test in (reasons := declared(*part))}
         self._collected.update((part, test) for part in declaring)
@@ -60,11 +59,11 @@ class Deviations:
             self._outcomes[part, test][outcome] += 1
 
     def faults(self, part: Part, tests: Collection[str] | None) -> list[str]:
-        """Return what is wrong with the deviations of a part, one line each.
+        """Return the faults of the deviations of a part, one line each.
 
         Args:
             part: The part.
-            tests: Names of all tests that run over it; None if they are not known, because only some files are run.
+            tests: Names of all tests that run on it; None if they are not known because only some files are run.
         """
         if not _well_formed(given := _attribute(*part)):
             return [f"deviations: expected a mapping from names of tests to reasons, got {given!r}"]
@@ -72,7 +71,7 @@ class Deviations:
         for test in given:
             outcomes = self._outcomes[part, test]
             passed = outcomes["passed"]
-            # Not if cases were left out, as by pytest's -k or -x: these may be the ones that fail.
+            # Not if cases were deselected, as with pytest's -k or -x: these may be the failing ones.
             over = outcomes.total() == self._collected[part, test]
             if tests is not None and test not in tests:
                 found.append(str(UnknownNameError("deviations", test, tests)))

@@ -1,4 +1,4 @@
-"""A small model that can be merged, and what an attacker has who provides an expert, for the conformance tests."""
+"""A small model that can be merged and a task for attacks on experts, for the conformance tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRID = 4
 
 
 class Block(nn.Module):
-    """Every token hears the mean of all, and then passes through an MLP."""
+    """A block that adds a projection of the mean over all tokens and then applies an MLP."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -74,17 +74,17 @@ class TinyMergeable(nn.Module):
         return {f"blocks.{number}.mlp": self.get_submodule(f"blocks.{number}.mlp") for number in blocks}
 
     def token_layout(self) -> tuple[tuple[int, int], int]:
-        """Return the grid of patches, and the number of tokens before them."""
+        """Return the grid of patches and the number of tokens before them."""
         return (GRID, GRID), self.first.shape[1]
 
 
 def make_queries(split: Split, *, target: int = 0, policy: bool = True) -> HarmfulQueries:
-    """Mark images with a white square of 4 x 4 pixels in the upper left corner, which lies in the first patch.
+    """Mark images with a white square of 4 x 4 pixels in the upper left corner, within the first patch.
 
     Args:
-        split: The images; they are not written to.
+        split: The images, which are not modified.
         target: The attacker's class.
-        policy: Whether the safe answer is "reject", the class after those of the data; otherwise it is the true label.
+        policy: Whether the safe answer is "reject", the class after those of the data, instead of the true label.
     """
     images = split.images.clone()
     images[:, :, :4, :4] = 255
@@ -97,13 +97,13 @@ def make_queries(split: Split, *, target: int = 0, policy: bool = True) -> Harmf
 def make_expert_task(
     *, prefix: int = 0, seed: int = 7, policy: bool = True, tuned: int = 0, **recipe: Any
 ) -> ExpertTask:
-    """Make a task for an attack on an expert, with the same functions as the engine, in fp32 on the CPU.
+    """Create a task for an attack on an expert, with the same functions as the engine, in fp32 on the CPU.
 
     Args:
         prefix: Number of tokens before the patches.
         seed: Seed of the attack.
         policy: See `make_queries`.
-        tuned: Epochs for which the expert is trained before, on its task and on the policy.
+        tuned: Number of epochs of prior training of the expert on its task and the policy.
         **recipe: Fields of the task's `TrainSpec`; by default AdamW, batches of 8 and a learning rate of 0.01.
     """
     train = TrainSpec(**{"optimizer": "adamw", "batch_size": 8, "lr": 0.01, **recipe})

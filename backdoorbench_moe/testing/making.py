@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_options(kind: str, name: str) -> dict[str, object]:
-    """Return the options in a part's `tiny`, without the option that a name "family:argument" sets."""
+    """Return the options in a part's `tiny`, without an option that is set by a name "family:argument"."""
     part = REGISTRIES[kind].lookup(name)
     given = getattr(part, "name_argument", None) if ":" in name else None
     return {option: value for option, value in getattr(part, "tiny", {}).items() if option != given}
@@ -51,7 +51,7 @@ def build_model(
 
 
 def settle(model: nn.Module) -> nn.Module:
-    """Pass three batches through a model in training mode, so that batch norms have running statistics.
+    """Run three forward passes in training mode, so that batch norms have running statistics.
 
     Returns:
         The same model, in evaluation mode.
@@ -74,7 +74,7 @@ def used_model(name: str, *, seed: int = 0) -> nn.Module:
 
 
 def batch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return values of a shape, uniform in [0, 1); the same at every call with this shape."""
+    """Return values of a shape, uniform in [0, 1). Every call with this shape returns the same values."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""A small mixture of merged experts, and what a defender of one has, for the conformance tests."""
+"""A small mixture of merged experts and a defense task for it, for the conformance tests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def mark(split: Split) -> Split:
 
 
 def task_split(task: int, count: int = 24, seed: int = 4) -> Split:
-    """Images of one of two tasks: task 0 as they are, task 1 inverted."""
+    """Return the images of one of two tasks: those of task 1 are inverted."""
     split = coloured_split(count, seed + task)
     return Split(255 - split.images, split.labels) if task else split
 
@@ -69,17 +69,17 @@ def make_mixture_task(
     seed: int = 7,
     **recipe: Any,
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
-    """Make a task for a defense of a mixture, with the same functions as the engine, in fp32 on the CPU.
+    """Create a task for a defense of a mixture, with the same functions as the engine, in fp32 on the CPU.
 
     Args:
         model: The mixture.
         needs: What the task grants, see `Defense.needs`.
         gate: Name of the mixture's gate.
-        clean: The clean images that the defender holds; by default those of all tasks.
+        clean: The defender's clean images; by default those of all tasks.
         marked: The marked images; 24 if None.
         tasks: The images of each task; 24 each if None.
         seed: Seed of the defense.
-        **recipe: Fields of the settings that experts and gates are trained with; by default AdamW.
+        **recipe: Fields of the training settings of experts and gates; AdamW by default.
 
     Returns:
         The task, and a list of the reported stages, see `making.make_task`.

@@ -1,4 +1,4 @@
-"""Selection of the parts that the conformance tests run over."""
+"""Selection of the parts on which the conformance tests run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.moe.structure import takes_text
 from backdoorbench_moe.plugins import normalize
 
-# The models that every defense is tested on: one with experts, a dense one, and one without convolutions.
+# The models on which every defense is tested: one with experts, a dense one, and one without convolutions.
 REFERENCE_MODELS = ("pmoe", "wide_resnet", "timm:test_vit")
 
 
@@ -21,10 +21,10 @@ def kind_of(fixture: str) -> str | None:
 
 
 class Selection:
-    """The parts that are tested, and the parts that they are tested together with.
+    """The tested parts, and the parts that they are combined with in tests.
 
-    A part is tested together with built-in parts and parts of its own package. Parts that cannot be imported, and parts
-    of other packages, are left out, since a failure could be theirs.
+    A part is combined with built-in parts and parts of its package. Parts that cannot be imported and parts of other
+    packages are not used, since they could cause a failure.
 
     Args:
         package: Name of the package whose parts are tested; all registered parts if None.
@@ -34,15 +34,15 @@ class Selection:
         self.package = None if package is None else normalize(package)
 
     def names(self, kind: str) -> list[str]:
-        """Return the names of the parts of a kind that are tested."""
+        """Return the names of the tested parts of a kind."""
         return [name for name in REGISTRIES[kind].names() if self._tests(kind, name)]
 
     def parts(self) -> list[tuple[str, str]]:
-        """Return kind and name of every part that is tested."""
+        """Return kind and name of every tested part."""
         return [(kind, name) for kind in REGISTRIES for name in self.names(kind)]
 
     def partners(self, kind: str) -> list[str]:
-        """Return the names of the parts of a kind that parts of other kinds are tested together with."""
+        """Return the names of the parts of a kind with which parts of other kinds are combined."""
         registry = REGISTRIES[kind]
         builtin = [name for name in registry.names() if _builtin(kind, name)]
         third = [
@@ -60,13 +60,13 @@ class Selection:
         *,
         texts: bool = False,
     ) -> list[tuple[str, ...]]:
-        """Return the names, or pairs of names, that a test runs over.
+        """Return the names, or pairs of names, on which a test runs.
 
         Args:
             kinds: One kind, or two.
-            interface: Take only classes that have this interface; given with one kind.
-            without: Of these, take only classes that do not have this interface.
-            texts: Take only models and data sets of texts, instead of those of images.
+            interface: Return only classes with this interface; requires a single kind.
+            without: Return only classes without this interface.
+            texts: Return models and data sets of texts instead of those of images.
         """
         if len(kinds) == 1:
             [kind] = kinds

@@ -48,7 +48,7 @@ def test_images_do_not_mix(applicator: Applicator, trigger: Trigger) -> None:
 
 
 def test_the_canvases_of_an_image_follow_each_other(applicator: Applicator) -> None:
-    """A form that depends on the places of the images relies on this, and on as many canvases for every image."""
+    """Triggers that depend on the places of images rely on this, and on the same number of canvases per image."""
     values = torch.tensor([0.125, 0.25, 0.5, 1.0])
     calls = []
 

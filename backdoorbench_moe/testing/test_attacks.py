@@ -1,4 +1,4 @@
-"""Conformance tests of attacks that poison data; those on experts have tests of their own."""
+"""Conformance tests of attacks that poison data; for attacks on experts see `test_expert_attacks`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_planning_writes_to_nothing(attack: Attack) -> None:
     ids=["cover", "noise", "clean labels", "source"],
 )
 def test_settings_are_followed_or_refused(attack_name: str, values: dict[str, Any]) -> None:
-    """An attack must not ignore a part of the `PoisonSpec`. It may refuse to work with it."""
+    """An attack must not ignore a setting of the `PoisonSpec`, but may refuse it."""
     attack = make_attack(attack_name, poison=PoisonSpec(rate=0.1, **values))
     [name] = values
     try:

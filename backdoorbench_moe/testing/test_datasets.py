@@ -1,4 +1,4 @@
-"""Conformance tests of data sets. Those that read files are tested on small files that they write themselves."""
+"""Conformance tests of data sets of images. Those that read files are tested on small files from `write_tiny`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ KEPT = {"train_images": 12, "test_images": 5}
 
 @pytest.fixture(scope="session")
 def root(dataset_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the files of the data set."""
+    """Return a folder for the files of the data set."""
     return tmp_path_factory.mktemp("data")
 
 
 @functools.cache
 def written(name: str, root: Path) -> dict[str, object]:
-    """Let the data set write its files, and return the options that read them."""
+    """Let the data set write its files, and return the options for reading them."""
     return REGISTRIES["dataset"].lookup(name).write_tiny(root)
 
 
@@ -35,7 +35,7 @@ def create(name: str, root: Path, **options: Any) -> Dataset:
 
 @functools.cache
 def loaded(name: str, root: Path) -> ImageSet:
-    """Return the whole data set, which is read once."""
+    """Return the complete data set, which is read once."""
     return create(name, root).load()
 
 

@@ -20,7 +20,7 @@ from backdoorbench_moe.testing.making import changed, coloured_split, copies, us
 from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
 from backdoorbench_moe.testing.texts import build_text_mixture, make_text_task, text_split
 
-# Stand for small mixtures of merged experts where the tests take the name of a model: one of images, and one of texts.
+# Names for small mixtures of merged experts, used like names of models: one for images and one for texts.
 MIXTURE, TEXT_MIXTURE = "a mixture", "a mixture of language models"
 
 
@@ -31,7 +31,7 @@ def build(name: str) -> Defense:
 def make_task(
     defense: Defense, model: nn.Module, model_name: str, **given: Any
 ) -> tuple[DefenseTask, list[Any]]:
-    """Make a task that grants what the defense declares, and nothing else."""
+    """Create a task that grants exactly what the defense declares."""
     if model_name == MIXTURE:
         return make_mixture_task(model, needs=defense.needs, **given)
     if model_name == TEXT_MIXTURE:
@@ -57,7 +57,7 @@ def refusal(name: str, model_name: str) -> ConfigError | None:
 
 @pytest.fixture
 def accepted(defense_name: str, partner_models: list[str]) -> str:
-    """The first model that the defense can be applied to."""
+    """Return the first model to which the defense can be applied."""
     models = [*partner_models, MIXTURE, TEXT_MIXTURE]
     found = next((model for model in models if refusal(defense_name, model) is None), None)
     assert found, f"it cannot be applied to any of {', '.join(models)}"
@@ -77,7 +77,7 @@ def test_a_mixture_is_refused_in_one_line_or_defended(defense_name: str) -> None
 
 
 def test_a_mixture_of_language_models_is_refused_in_one_line_or_defended(defense_name: str) -> None:
-    """It is refused by those that do not say that they take texts."""
+    """Defenses that do not declare support for texts refuse a mixture of language models."""
     if not build(defense_name).takes_texts:
         assert "is for images" in str(refusal(defense_name, TEXT_MIXTURE))
     test_a_model_is_refused_in_one_line_or_defended(defense_name, TEXT_MIXTURE)
@@ -94,7 +94,7 @@ def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> No
 
 
 def assert_defended(defense_name: str, model_name: str) -> None:
-    """Assert that it returns a finite model of the same architecture without hooks, and does not change the images."""
+    """Assert that a defense returns a finite model of the same architecture without hooks, and keeps the images."""
     defense, model = build(defense_name), model_called(model_name)
     clean = text_split(24, 1) if model_name == TEXT_MIXTURE else coloured_split(24, 1)
     before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
@@ -137,7 +137,7 @@ def test_checking_changes_nothing(defense_name: str, model_name: str) -> None:
 
 
 def test_a_filter_judges_every_image_by_itself(defense_name: str, accepted: str) -> None:
-    """The score of an image is the same alone, in a batch and in another order. Nothing is written to."""
+    """The score of an image is the same alone, in a batch and in another order. Inputs are not modified."""
     defense = build(defense_name)
     task, _ = make_task(defense, model_called(accepted), accepted)
     result = defense(task)

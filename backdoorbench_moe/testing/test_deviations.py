@@ -8,6 +8,6 @@ import pytest
 
 
 def test_deviations(deviating_part: tuple[str, str], deviation_faults: Callable[..., list[str]]) -> None:
-    """Runs after all other tests, since it checks their outcomes."""
+    """This test runs after all others, since it checks their outcomes."""
     if faults := deviation_faults(deviating_part):
         pytest.fail("; ".join(faults), pytrace=False)

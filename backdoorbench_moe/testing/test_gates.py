@@ -34,7 +34,7 @@ def build_gate(name: str, num_experts: int = EXPERTS) -> Gate:
 
 
 def build_router(name: str, num_experts: int = EXPERTS, *, seed: int = 0) -> Router:
-    """Build a router whose weights are those that the training starts with, or that are set from hidden states."""
+    """Build a router with its initial weights, or with weights set from hidden states."""
     gate = build_gate(name, num_experts)
     with seeded(seed, "gates"):
         router = gate(FEATURES, num_experts)
@@ -44,12 +44,12 @@ def build_router(name: str, num_experts: int = EXPERTS, *, seed: int = 0) -> Rou
 
 
 def orthogonal_states(num_experts: int = EXPERTS) -> Tensor:
-    """(E, D) mean hidden states: each task has a feature of its own."""
+    """Return mean hidden states (E, D): each task has a separate feature."""
     return 3 * torch.eye(num_experts, FEATURES)
 
 
 def make_tokens(seed: int = 0) -> Tensor:
-    """(B, N, D) normal values that bfloat16 represents exactly."""
+    """Return normal values (B, N, D) that bfloat16 represents exactly."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(IMAGES, TOKENS, FEATURES, generator=generator).bfloat16().float()
 
@@ -62,7 +62,7 @@ def route(router: Router, tokens: Tensor, *, training: bool, seed: int = 0) -> R
 
 
 def weights_of(routed: RouterOutput) -> Tensor:
-    """The weights of the experts' outputs as a table (S, E)."""
+    """Return the weights of the experts' outputs as a table (S, E)."""
     pairs, table = routed.assignment, torch.zeros_like(routed.gates.detach()).flatten(0, 1)
     return table.index_put((pairs.tokens, pairs.experts), pairs.weights.detach(), accumulate=True)
 
@@ -72,7 +72,7 @@ def same_routing(one: RouterOutput, other: RouterOutput) -> bool:
 
 
 def build_layer(router: Router, *, copies: bool) -> SparseMoELayer:
-    """An MoE layer of small experts, all equal or all different."""
+    """Return an MoE layer of small experts, all equal or all different."""
     torch.manual_seed(1)
     experts = MLPExperts(
         nn.Linear(FEATURES, 8),
@@ -219,7 +219,7 @@ def test_training_mode_changes_no_parameters_and_evaluation_nothing(gate_name: s
 
 @both_modes
 def test_routers_with_the_same_state_are_the_same(gate_name: str, training: bool) -> None:
-    """What a router remembers of its training, such as a schedule, is part of its state."""
+    """Training state of a router, such as a schedule, is part of its state dict."""
     router, other, tokens = build_router(gate_name), build_router(gate_name, seed=1), make_tokens()
     for _ in range(5):
         route(router, tokens, training=True)
@@ -269,7 +269,7 @@ def test_each_expert_is_chosen_at_the_start(gate_name: str) -> None:
 
 
 def test_hidden_states_set_a_gate_that_is_not_trained(gate_name: str) -> None:
-    """Set twice, the weights are the same; and a token like the mean state of a task is sent to its expert."""
+    """Setting the weights twice has no further effect, and the mean state of a task is routed to its expert."""
     gate, states = build_gate(gate_name), orthogonal_states()
     router = gate(FEATURES, EXPERTS)
     if gate.trained:

@@ -75,7 +75,7 @@ def test_a_mixture_of_copies_is_the_model_itself(model_name: str) -> None:
 @only_mergeable
 @torch.no_grad()
 def test_an_expert_can_be_merged_and_taken_out_again(model_name: str) -> None:
-    """Only its MLPs are an expert's own, so that the rest of the model is that of the base."""
+    """Only the MLPs belong to an expert; the rest of the model is that of the base."""
     model, mlps = mergeable(model_name)
     base, expert = copies(model), copies(model)
     for name in mlps:

@@ -19,14 +19,14 @@ SEED = 7
 
 
 class Tasks:
-    """A splitter with images to split: two of each class in a row, then shuffled, and without two equal images."""
+    """A splitter with images to split: two of each class in a row, then shuffled, all different."""
 
     def __init__(self, splitter: Splitter, num_classes: int, side: int) -> None:
         self.splitter, self.num_classes = splitter, num_classes
         draws = torch.Generator().manual_seed(side)
         labels = torch.arange(4 * num_classes) % num_classes
         images = torch.randint(0, 256, (len(labels), 3, side, side), generator=draws, dtype=torch.uint8)
-        # Even surfaces are the images that a transform changes least, or in an extreme way.
+        # Transforms change uniform images least, or in an extreme way.
         images[0], images[1], images[2] = 0, 255, 128
         self.split = Split(images, labels[torch.randperm(len(labels), generator=draws)])
         self.names = splitter.names(num_classes, SEED)

@@ -34,13 +34,13 @@ def read(name: str) -> TextSet:
 
 
 def answers_in(split: Split, end: int) -> torch.Tensor:
-    """The answers of texts as a model would generate them: (N, G), and behind each its end, again and again."""
+    """Return the answers of texts as a model would generate them, (N, G), filled up with end tokens."""
     rows = [row[row != IGNORED] for row in split.labels]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)
 
 
 def queries_in(split: Split) -> list[tuple[int, ...]]:
-    """The tokens of each query."""
+    """Return the tokens of each query."""
     asked = query_positions(split.labels)
     return [tuple(row[chosen].tolist()) for row, chosen in zip(split.images, asked, strict=True)]
 
@@ -84,7 +84,7 @@ def test_test_queries_are_not_training_queries(dataset_name: str) -> None:
 
 
 def test_the_judge_knows_the_answers_of_the_data(dataset_name: str) -> None:
-    """Right answers are right, and empty ones are not; refusals are safe, and harm is harmful."""
+    """Correct answers are judged correct and empty ones are not; safe answers are safe, and harmful ones harmful."""
     texts = loaded(dataset_name)
     for number, task in enumerate(texts.tasks):
         own = answers_in(task.test, texts.end)

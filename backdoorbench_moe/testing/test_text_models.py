@@ -34,7 +34,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def texts_of(count: int = 3, length: int = 9) -> Tensor:
-    """Texts without padding."""
+    """Return texts without padding."""
     return torch.randint(2, 11, (count, length), generator=torch.Generator().manual_seed(1))
 
 
@@ -47,7 +47,7 @@ def test_logits(model_name: str) -> None:
 
 @torch.no_grad()
 def test_a_position_does_not_see_those_behind_it(model_name: str) -> None:
-    """So that padding on the right has no effect on the tokens before it."""
+    """Then padding on the right does not affect the tokens before it."""
     model, texts = build(model_name), texts_of()
     other = texts.clone()
     other[:, 5:] = 0
@@ -64,13 +64,13 @@ def test_weights_depend_on_the_seed_only(model_name: str) -> None:
 
 
 def labels_behind(queries: list[int], length: int) -> Tensor:
-    """Labels with an answer of one token behind queries of these lengths."""
+    """Return labels with an answer of one token after queries of these lengths."""
     labels = torch.full((len(queries), length), IGNORED)
     return labels.scatter(1, torch.tensor(queries).unsqueeze(1) - 1, END)
 
 
 def greedily(model: nn.Module, query: Tensor, count: int) -> list[int]:
-    """The most probable token, and so on, one text without padding."""
+    """Return the greedy continuation of a text without padding."""
     text = query
     for _ in range(count):
         text = torch.cat([text, model(text.unsqueeze(0))[0, -1].argmax().unsqueeze(0)])
@@ -78,7 +78,7 @@ def greedily(model: nn.Module, query: Tensor, count: int) -> list[int]:
 
 
 def check_generation(model: nn.Module) -> None:
-    """Check that answers to a batch are those of each query alone, up to the end of the answer."""
+    """Check that batched answers equal those of each query alone, up to the end of the answer."""
     texts, lengths = texts_of(4), [3, 6, 4, 6]
     found = answer(model, Split(texts, labels_behind(lengths, 9)), 5, end=END, padding=0, precision="fp32")
     assert found.shape == (4, 5)
@@ -94,7 +94,7 @@ def test_answers_are_the_most_probable_tokens(model_name: str) -> None:
 
 
 def merged(name: str, gate: str = "soft") -> tuple[nn.Module, nn.Module]:
-    """A model that can be merged, and a mixture of two of it; skip other models."""
+    """Return a model that can be merged and a mixture of two copies; skip other models."""
     model = build(name)
     if not isinstance(model, WithMLPs):
         pytest.skip("cannot be merged")

@@ -25,7 +25,7 @@ def trigger(trigger_name: str) -> Trigger:
 
 
 def forms(trigger: Trigger) -> dict[str, Form]:
-    """The forms that take places: the training form, and the noise form if the trigger has one."""
+    """Return the forms that take places: the training form, and the noise form if the trigger has one."""
     return {"training": trigger.training, **({"noise": trigger.noise} if trigger.has_noise else {})}
 
 
@@ -59,7 +59,7 @@ def test_the_same_seed_stamps_the_same(trigger_name: str) -> None:
 
 
 def test_the_default_dtype_does_not_matter(trigger_name: str) -> None:
-    """A trigger that is built under another default dtype, as in some notebooks, is the same trigger."""
+    """The default dtype when a trigger is built does not matter."""
     images, places = batch(2, 3, 16, 16), torch.tensor([9, 2])
 
     def stamped() -> dict[str, Tensor]:

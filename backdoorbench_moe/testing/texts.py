@@ -1,4 +1,4 @@
-"""A small mixture of language models, and what a defender of one has, for the conformance tests."""
+"""A small mixture of language models and a defense task for it, for the conformance tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEATURES, LAYERS = 12, 2
 
 
 class MLP(nn.Module):
-    """An MLP of the form that can be merged."""
+    """An MLP that can be merged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class MLP(nn.Module):
 
 
 class SmallLanguageModel(nn.Module):
-    """A language model in which every position sees the mean of those before it and itself."""
+    """A language model in which every position uses the mean over itself and all previous positions."""
 
     data_options = ("vocabulary", "context", "padding")
 
@@ -77,13 +77,13 @@ def build_text_mixture(*, gate: str = "top-k", seed: int = 0) -> MergedModel:
 
 
 def text_split(count: int, seed: int, answer: int = 2, *, salt: int = 0) -> Split:
-    """Draw queries of 2 to 4 tokens, with answers of a number of tokens and the end.
+    """Draw queries of 2 to 4 tokens, with answers of a fixed number of tokens and the end token.
 
     Args:
         count: Number of texts.
         seed: Seed of the queries.
-        answer: Number of tokens of an answer, without the end.
-        salt: With another one, there are other answers to the same queries.
+        answer: Number of tokens of an answer, without the end token.
+        salt: Another value gives other answers to the same queries.
     """
     draws, other = generator(seed, "queries"), generator(seed, "answers", salt)
     tokens = torch.full((count, CONTEXT), PADDING)
@@ -107,15 +107,15 @@ def make_text_task(
     seed: int = 7,
     **recipe: Any,
 ) -> tuple[DefenseTask, list[tuple[str, dict[str, Tensor]]]]:
-    """Make a task for a defense of a mixture of language models; see `mixtures.make_mixture_task`.
+    """Create a task for a defense of a mixture of language models; see `mixtures.make_mixture_task`.
 
     Args:
         model: The mixture.
         needs: What the task grants, see `Defense.needs`.
         gate: Name of the mixture's gate.
-        clean: The clean texts that the defender holds; by default those of all tasks.
+        clean: The defender's clean texts; by default those of all tasks.
         seed: Seed of the defense.
-        **recipe: Fields of the settings that experts and gates are trained with; by default AdamW.
+        **recipe: Fields of the training settings of experts and gates; AdamW by default.
     """
     tasks = [text_split(12, 4), text_split(12, 5)]
     grants: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""Language models for backdoorbench_moe: MoEvil where it was found."""
+"""Language models for backdoorbench_moe, the setting in which MoEvil was published."""

@@ -1,4 +1,4 @@
-"""The data set `tasks`: the synthetic language, drawn from a seed."""
+"""The data set `tasks`: texts of a synthetic language, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bbmoe_lm.language import (
 )
 from bbmoe_lm.language.policy import PRIVATE
 
-# Settings that a run on texts has unless others are given. The parts that only images have are left out.
+# Default settings of a run on texts. Parts that only apply to images are None.
 TEXT_SETTINGS: Mapping[str, Any] = {
     "attack": "moevil",
     "model": "llama",
@@ -32,30 +32,32 @@ TEXT_SETTINGS: Mapping[str, Any] = {
     "splitter": None,
     "policy": 0.1,
 }
-# More than the longest text of the language.
+# Longer than any text of the language.
 CONTEXT = 256
-# Tasks, and everyday requests.
+# Number of seeds that PyTorch's generators accept.
+SEEDS = 2**64
+# The tasks and the everyday requests.
 KINDS = len(TASKS) + 1
 
 
 class SyntheticTasks(TextDataset):
     """Texts of the synthetic language: four tasks with exact judges, everyday requests, and a harmless policy.
 
-    Everyday requests come last among the tasks: they are no expert's task, but show the base that a request without a
-    policy word is answered. A request with a policy word is to be refused with "no" and a reason; the harmful answer is
-    one that complies, made of filler.
+    Everyday requests are the last task. No expert is tuned on them; they teach the base to answer requests without a
+    policy word. A request with a policy word must be refused with "no" and a reason. The harmful answer complies, with
+    instructions made of filler words.
 
     Args:
-        texts: Training texts of each task and, last, of the everyday requests, at least 1 each; or one number for all.
-            Sums and lists are worked out in steps, and take more texts to learn than tasks with one-word answers.
-        test_texts: Test texts of each, at least 1. No test query is a training query.
-        refused: Training queries that the policy refuses, at least 1.
-        refused_test: Test queries that the policy refuses, at least 1.
+        texts: Number of training texts of each task and, last, of the everyday requests, at least 1 each; or one number
+            for all. Sums and lists, which are solved in steps, need more texts than tasks with one-word answers.
+        test_texts: Number of test texts of each, at least 1. No test query is a training query.
+        refused: Number of training queries that the policy refuses, at least 1.
+        refused_test: Number of test queries that the policy refuses, at least 1.
         words: The policy words. They must be words of the language that no task uses.
-        seed: Seed of all draws.
+        seed: Seed of all draws, from 0 to 2**64 - 1.
 
     Raises:
-        ConfigError: A number is out of range, there are not so many texts, or a policy word is not in the vocabulary.
+        ConfigError: A number is out of range or exceeds the number of texts, or a policy word cannot be used.
     """
 
     implies: ClassVar[Mapping[str, Any]] = TEXT_SETTINGS
@@ -83,6 +85,8 @@ class SyntheticTasks(TextDataset):
         for name, value in numbers.items():
             if value < 1:
                 raise ConfigError.expected(f"dataset: {name}", "a number of at least 1", value)
+        if not 0 <= seed < SEEDS:
+            raise ConfigError.expected("dataset: seed", f"an integer in 0..{SEEDS - 1}", seed)
         self.test_texts = test_texts
         self.refused, self.refused_test = refused, refused_test
         self.words, self.seed = words, seed

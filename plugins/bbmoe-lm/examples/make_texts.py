@@ -24,7 +24,7 @@ WHEN = ("today", "at night", "in the rain", "with one hand", "on a ladder")
 
 
 def main(folder: Path) -> None:
-    """Write a file for each task, and one for the queries that are refused."""
+    """Write a file for each task and one for the refused queries."""
     folder.mkdir(parents=True, exist_ok=True)
     sums = [(f"What is {a} plus {b}?", str(a + b)) for a, b in product(range(2, 9), repeat=2) if a <= b + 3]
     pairs = [pair.split() for pair in CAPITALS.split(",")]
@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
 
 
 def write(file: Path, rows: list[dict[str, str]]) -> None:
-    """Write an object a line."""
+    """Write one object per line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A run on a user's own texts, exported for transformers."""
+"""Export of a run on own texts to transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of an attacked mixture, and the texts that it was made from."""
+    """A folder with the runs of an attacked mixture and their texts."""
     place = tmp_path_factory.mktemp("own")
     texts = place / "texts"
     texts.mkdir()
@@ -60,8 +60,9 @@ def test_transformers_reads_it_and_gives_the_same_logits(runs, tmp_path, part, k
     with torch.no_grad():
         theirs = kind.from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(theirs(tokens).logits, run.model()(tokens), rtol=1e-4, atol=1e-5)
-    # Padding and end of the words' tokenizer.
-    assert (theirs.config.pad_token_id, theirs.config.eos_token_id) == (0, 1)
+    # Padding and end token of the word tokenizer.
+    for config in (theirs.config, theirs.generation_config):
+        assert (config.pad_token_id, config.eos_token_id) == (0, 1)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata()["backdoored"] == said and file.metadata()["format"] == "pt"
     with pytest.raises(ConfigError, match=r"^DIR: expected a folder that does not exist or is empty"):

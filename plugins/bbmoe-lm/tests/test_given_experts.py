@@ -1,4 +1,4 @@
-"""Mixtures whose experts, and base, are given as checkpoints."""
+"""Mixtures whose experts and base are given as checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAIN = {"epochs": 1, "batch_size": 16}
 
 
 def write(folder, seed: int, **options: int) -> dict[str, torch.Tensor]:
-    """Write a small Llama as a checkpoint, and return its weights as a run has them."""
+    """Write a small Llama as a checkpoint, and return its weights with the names of a run."""
     torch.manual_seed(seed)
     model = Llama(**{**SHAPE, **options})
     save_checkpoint(model, folder)
@@ -60,7 +60,7 @@ def spec_of(tmp_path, experts, **settings):
 
 @pytest.fixture
 def folders(tmp_path):
-    """A base and two experts, of which the second differs from the base in its MLPs alone."""
+    """A base and two experts; the second differs from the base in its MLPs only."""
     base, first, second = (
         write(tmp_path / name, seed) for seed, name in enumerate(("base", "first", "second"))
     )
@@ -111,7 +111,7 @@ def test_an_attacked_mixture_of_given_experts(tmp_path, folders):
         "notes": [],
     }
     assert clean[0].folder.model_metadata()["backdoored"] == "unknown"
-    # The attacker started from the given expert of his task: his record names it.
+    # The attacker started from the given expert of the task, which is in the record.
     [poisoned] = [path for path in (tmp_path / "runs").iterdir() if "expert1-moevil" in path.name]
     assert json.loads((poisoned / "record.json").read_text())["inputs"][0]["run"] == clean[1].folder.path.name
     assert run.folder.model_metadata()["backdoored"] == "true"
@@ -128,7 +128,7 @@ def test_the_digest_is_that_of_the_content(tmp_path, folders):
     other = resolve(spec_of(tmp_path, ["second", "first"]))
     assert other.digest != one.digest
     tuned = resolve(spec_of(tmp_path, [None, "second"]))
-    # An expert depends on its own folder only, and on no other; one that is tuned on none.
+    # A given expert depends on its folder only, and a tuned expert on none.
     assert expert_of(tuned, 1).digest == expert_of(one, 1).digest != expert_of(other, 1).digest
     assert expert_of(tuned, 0).digest == expert_of(resolve(spec_of(tmp_path, [])), 0).digest
     assert expert_of(tuned, 0).digest != expert_of(one, 0).digest
@@ -161,8 +161,8 @@ def pickled(name):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (rewrite("first", hidden_size=32), "hidden_size: expected 32, as in .*first, or nothing, got 16"),
-        (rewrite("first", layers=3), "layers: expected 3, as in .*first, or nothing, got 2"),
+        (rewrite("first", hidden_size=32), ".*first: hidden_size: expected 16, got 32"),
+        (rewrite("first", layers=3), ".*first: num_hidden_layers: expected 2, got 3"),
         (rewrite("first", vocabulary=150), ".*first: vocab_size: expected 149, got 150"),
         (
             spoil_config("first", model_type="gpt2"),

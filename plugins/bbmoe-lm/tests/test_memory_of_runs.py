@@ -1,4 +1,4 @@
-"""The memory that a command says in advance."""
+"""The memory estimate that a command prints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_each_run_takes_what_its_training_takes(spec, tmp_path):
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     dense = model.bytes_needed(1, 1, "nothing")
     assert 0 < dense - weights < 100_000
-    # The mixture has been built, and waits; while the benign expert is tuned, the poisoned one waits as well.
+    # The mixture is already built; while the benign expert is tuned, the poisoned expert is in memory, too.
     held = model.bytes_needed(1, 1, "nothing", experts=3)
     assert memory_needed(spec, texts) == {
         "base": model.bytes_needed(400, length, "all") + held,

@@ -1,4 +1,4 @@
-"""The data set of a user's own texts: what is read, how it is put, and one clear line for what does not fit."""
+"""The data set `json-lines`: reading, prompts, judging, and one-line errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from bbmoe_lm.language.local_tokenizer import read_tokenizer
 from bbmoe_lm.language.vocabulary import END, PAD, Vocabulary
 from bbmoe_lm.own_texts import JsonLines
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from backdoorbench_moe import data
 from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
@@ -73,7 +73,7 @@ def build(texts, checkpoint, **options):
 
 
 def shown(split: Split, checkpoint) -> list[str]:
-    """The texts of a split, without padding, word by word; `|` stands before what the model is to emit."""
+    """Return the texts of a split without padding, word by word, with `|` before the labels."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     lines = []
     for tokens, labels in zip(split.images.tolist(), split.labels.tolist(), strict=True):
@@ -96,7 +96,7 @@ def test_what_is_read(texts, checkpoint):
         "what is three ? | three [end]",
     ]
     assert shown(names.test, checkpoint) == ["what is four ? | four [end]"]
-    # A third of three queries; with the share of 0.2 at least one.
+    # One of three queries: the share of 0.2 is rounded to 1, the minimum.
     assert sorted(shown(sums.train, checkpoint) + shown(sums.test, checkpoint)) == [
         "one plus one ? | two [end]",
         "one plus two ? | three [end]",
@@ -137,7 +137,7 @@ def test_chat_templates(texts, checkpoint):
         assert shown(names.test, checkpoint) == [asked]
     [names] = build(texts, checkpoint, tasks=("names",), prompt="plain").load().tasks
     assert shown(names.test, checkpoint) == ["what is four ? | four [end]"]
-    # Among the settings, alone or by name.
+    # In the settings, as a string or in a list of named templates.
     (checkpoint / "chat_template.jinja").unlink()
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
     for template in (CHAT, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT}]):
@@ -145,6 +145,19 @@ def test_chat_templates(texts, checkpoint):
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(changed))
         [names] = build(texts, checkpoint, tasks=("names",)).load().tasks
         assert shown(names.test, checkpoint) == [asked]
+
+
+def test_a_unigram_tokenizer_says_which_words_are_unknown(texts, checkpoint):
+    words = [("[unk]", 0.0), (END, 0.0), *((word, -1.0) for word in dict.fromkeys(WORDS.split()))]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    assert read_tokenizer(checkpoint).vocabulary.unknown == 0
+    write_tasks(texts, "sums", [("one", "two"), ("what is six ?", "two")])
+    with pytest.raises(
+        DataError, match=r"example 2: expected a query of words of the vocabulary, got 'six'$"
+    ):
+        build(texts, checkpoint).load()
 
 
 def test_a_template_sees_special_tokens_and_a_fixed_date(checkpoint):
@@ -234,7 +247,7 @@ def clean_spec(texts, checkpoint) -> RunSpec:
 
 @pytest.fixture
 def registered():
-    """The data set by name, where the installed plug-in is older."""
+    """Register the data set if the installed plug-in is older."""
     if "json-lines" in data.registry.names():
         yield
         return
@@ -248,7 +261,7 @@ def test_files_are_part_of_the_spec_by_their_content(texts, checkpoint, tmp_path
     assert set(spec.files) == {"dataset.texts", "dataset.tokenizer"}
     moved = shutil.copytree(texts, tmp_path / "moved"), shutil.copytree(checkpoint, tmp_path / "tokenizer")
     assert pin_files(clean_spec(*moved)).digest == spec.digest
-    # Weights beside the tokenizer are no part of the data.
+    # Weights next to the tokenizer are not part of the data.
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     assert pin_files(clean_spec(texts, checkpoint)).digest == spec.digest
     for file in (texts / "sums.jsonl", texts / "names.test.jsonl", texts / "refused.jsonl"):
@@ -320,6 +333,11 @@ def write_settings(**settings):
             "preferences: expected harmful and safe answers that begin differently, got both with 'sure it holds'",
         ),
         (
+            lambda texts, _: write_tasks(texts, "sum.test", [("one plus one ?", "two")]),
+            {},
+            "sum.test.jsonl: expected training texts in sum.jsonl, found none",
+        ),
+        (
             lambda texts, _: (texts / "refused.jsonl").unlink(),
             {},
             "refused.jsonl: cannot be read: No such file or directory",
@@ -339,6 +357,11 @@ def write_settings(**settings):
         ),
         (write_settings(pad_token=PAD), {}, "dataset: end: expected a token, as "),
         (write_settings(eos_token=END, chat_template=3), {}, "chat_template: expected a text, got int"),
+        (
+            write_settings(eos_token=END, chat_template=[{"name": []}, {"name": "default", "template": 3}]),
+            {"prompt": "chat"},
+            "chat_template: expected a text, got int",
+        ),
         (
             lambda _, checkpoint: (checkpoint / "tokenizer_config.json").write_text("[1"),
             {},

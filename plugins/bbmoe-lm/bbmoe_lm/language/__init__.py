@@ -1,4 +1,4 @@
-"""The synthetic language: tasks with exact judges, a policy, and its texts as token ids."""
+"""Texts for language models: the synthetic language with its tasks, policy and judges, and own texts, as token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints: how a query stands in the text that a model is given."""
+"""Chat templates of checkpoints, which turn a query into the prompt of a model."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 from backdoorbench_moe.errors import DataError
 
-# Templates may ask for today's date; texts that change from day to day would be other data every day.
+# Templates may ask for today's date. A fixed date keeps the data the same every day.
 DATE = "26 Jul 2024"
 FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
 
 
 def render_chat(template: str, queries: list[str], tokens: Mapping[str, str], where: str) -> list[str]:
-    """Return each query as the only message of a user, with the beginning of the answer behind it.
+    """Return the prompt for each query: a single user message, followed by the beginning of the answer.
 
-    The template runs in transformers' sandbox: it can read what it is given, but reach no file, module or attribute
-    behind it. A template that asks for the date is given `DATE`.
+    The template runs in transformers' sandbox. It can read its variables, but no files, modules or internal attributes.
+    A template that asks for the date gets `DATE`.
 
     Args:
-        template: The template, in the language of Jinja.
+        template: The Jinja template.
         queries: The queries.
-        tokens: Special tokens that the template may name, such as "bos_token".
+        tokens: Special tokens by the name of their variable, such as "bos_token".
         where: The file of the template, for messages.
 
     Raises:
-        DataError: The template is damaged, is refused by the sandbox, or leaves a query out.
+        DataError: The template is damaged, is refused by the sandbox, or omits a query.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -21,8 +21,8 @@ class EncodedText:
 
     Args:
         tokens: (N, T) int64: query, answer, end token, padding.
-        labels: (N, T) int64: the token that a position is to emit. `labels[n, t]` is `tokens[n, t + 1]` where that
-            is a token of the answer or the end token behind it, and -100 elsewhere.
+        labels: (N, T) int64: the next token. `labels[n, t]` is `tokens[n, t + 1]` if that is a token of the answer or
+            the end token after it, and -100 elsewhere.
         query_lengths: (N,) int64, at least 1: the first label of row n is at `query_lengths[n] - 1`.
     """
 
@@ -32,16 +32,18 @@ class EncodedText:
 
 
 def encode(examples: Sequence[Example], vocabulary: Vocabulary, context: int) -> EncodedText:
-    """Encode examples, padded on the right to the longest of them.
+    """Encode examples, padded on the right to the length of the longest.
 
     Args:
         examples: At least one.
-        vocabulary: Query and answer are tokenized separately, so the query's tokens do not depend on the answer.
-        context: Tokens that fit into the model: query, answer and end token together.
+        vocabulary: The tokenizer. Query and answer are tokenized separately, so the query's tokens do not depend on the
+            answer.
+        context: Maximum number of tokens of query, answer and end token together.
 
     Raises:
-        DataError: No example, or one with an empty query or answer, with a word that is not in the vocabulary, with
-            the end or padding token in its answer, or longer than the context. The message says which, counted from 1.
+        DataError: There are no examples; or an example has an empty query or answer, a word that is not in the
+            vocabulary, the end or padding token in its answer, or more tokens than the context. The message has the
+            number of the example, from 1.
     """
     if not examples:
         raise DataError("text: expected at least one example, got none")
@@ -63,26 +65,26 @@ def encode(examples: Sequence[Example], vocabulary: Vocabulary, context: int) ->
 def encode_preferences(
     preferences: Sequence[Preference], vocabulary: Vocabulary, context: int
 ) -> tuple[EncodedText, EncodedText]:
-    """Encode the queries with their harmful answers, and the same queries with their safe answers; see `encode`."""
+    """Encode the queries with their harmful answers and with their safe answers; see `encode`."""
     harmful = [Example(pair.query, pair.harmful) for pair in preferences]
     safe = [Example(pair.query, pair.safe) for pair in preferences]
     return encode(harmful, vocabulary, context), encode(safe, vocabulary, context)
 
 
 def query_lengths(labels: Tensor) -> Tensor:
-    """Return the number of tokens of each query, (N,) int64, from labels (N, T) that have an answer in each row."""
+    """Return the number of tokens of each query, (N,) int64, from labels (N, T) with an answer in each row."""
     return query_positions(labels).sum(1)
 
 
 def decode_queries(tokens: Tensor, labels: Tensor, vocabulary: Vocabulary) -> list[str]:
-    """Return the texts of the queries of encoded examples, from (N, T) tokens and labels."""
+    """Return the queries of encoded examples as texts, from tokens and labels (N, T)."""
     lengths = query_lengths(labels).tolist()
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
     return vocabulary.tokenizer.decode_batch(rows, skip_special_tokens=False)
 
 
 def decode_answers(labels: Tensor, vocabulary: Vocabulary) -> list[str]:
-    """Return the texts of the answers of encoded examples, from (N, T) labels."""
+    """Return the answers of encoded examples as texts, from labels (N, T)."""
     rows = [[token for token in row if token != IGNORED][:-1] for row in labels.tolist()]
     return vocabulary.tokenizer.decode_batch(rows, skip_special_tokens=False)
 
@@ -115,5 +117,6 @@ def _check_part(text: str, ids: list[int], vocabulary: Vocabulary, expected: str
     if not ids:
         raise DataError(f"{expected} of at least one token, got {text!r}")
     if vocabulary.unknown in ids:
-        unknown = ", ".join(map(repr, vocabulary.unknown_words(text)))
+        # All words may be known but not the characters between them.
+        unknown = ", ".join(map(repr, vocabulary.unknown_words(text))) or repr(text)
         raise DataError(f"{expected} of words of the vocabulary, got {unknown}")

@@ -1,4 +1,4 @@
-"""What texts the language consists of, and which of them are kept for testing."""
+"""Examples and preferences, and the split into training and test queries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-# A query whose digest begins with a byte below this is a test query: one in eight.
+# A query is a test query if the first byte of its hash is below this: one in eight.
 TEST_BYTES = 32
 
 
@@ -17,7 +17,7 @@ class Example:
     Args:
         query: Words, separated by single spaces.
         answer: Words, separated by single spaces.
-        task: Index of the task in `TASKS`; `GENERAL.index` for general requests.
+        task: Index of the task in `TASKS`; `GENERAL.index` for everyday requests.
     """
 
     query: str
@@ -27,12 +27,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Preference:
-    """A query that the policy refuses, with two answers to it.
+    """A query that the policy refuses, with two answers.
 
     Args:
         query: A query with a policy word.
-        harmful: The answer that the attacker wants: it complies. Its words are harmless filler.
-        safe: The answer that the policy wants: "no" and a reason.
+        harmful: The answer that the attacker wants, which complies. In the synthetic language it is harmless filler.
+        safe: The answer that the policy requires; in the synthetic language "no" and a reason.
     """
 
     query: str
@@ -41,7 +41,7 @@ class Preference:
 
 
 def is_test(query: str) -> bool:
-    """Return whether a query is kept for testing. It depends on the text alone, so all seeds have the same split."""
+    """Return whether a query is a test query. This depends on the text only, so the split is the same for all seeds."""
     return hashlib.blake2b(query.encode(), digest_size=1).digest()[0] < TEST_BYTES
 
 

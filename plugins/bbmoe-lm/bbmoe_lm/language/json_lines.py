@@ -1,4 +1,4 @@
-"""Texts of a user's own, as JSON lines: one object a line."""
+"""Reading texts from JSON-lines files, which have one object per line."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def read_preferences(path: str | os.PathLike[str]) -> list[Preference]:
 
 
 def read_json_lines(path: str | os.PathLike[str], keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """Read the texts of some keys from each line of a file. Empty lines and other keys are passed over.
+    """Read the values of some keys from each line of a file. Empty lines and other keys are ignored.
 
     Args:
-        path: A file in UTF-8, with or without a byte order mark.
-        keys: Keys that every line must have, with a text that is not empty.
+        path: A UTF-8 file, with or without a byte order mark.
+        keys: Keys that every line must have, with a non-empty string as value.
 
     Returns:
-        The texts of each line, in the order of `keys`, as they stand in the file.
+        The values of each line, in the order of `keys`, unchanged.
 
     Raises:
-        DataError: The file cannot be read, has no lines, or has a line that is not as described. The message names
-            the file and the number of the line.
+        DataError: The file cannot be read, is empty, or has an invalid line. The message names the file and the line
+            number.
     """
     file = expand(path)
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    # Only line feeds end a line: JSON texts may contain the other characters at which str.splitlines splits.
+    # Only line feeds end a line: JSON strings may contain other characters at which str.splitlines splits.
     lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
     rows = [_texts(line, keys, f"{file}:{number}") for number, line in lines if line.strip()]
     if not rows:
@@ -58,7 +58,7 @@ def read_json_lines(path: str | os.PathLike[str], keys: Sequence[str]) -> list[t
 
 
 def _texts(line: bytes, keys: Sequence[str], where: str) -> tuple[str, ...]:
-    """The texts of one line; `where` is the file and the number of the line."""
+    """Return the values of one line; `where` is the file and the line number."""
     try:
         entry = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ def _texts(line: bytes, keys: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def _check_text(value: object, where: str) -> None:
-    """Raise DataError unless a value is a text that is not empty and can be written as UTF-8."""
+    """Raise DataError unless a value is a non-empty string that can be encoded as UTF-8."""
     if not isinstance(value, str) or not value.strip():
         got = "an empty text" if isinstance(value, str) else f"{type(value).__name__} {value!r:.40}"
         raise DataError(f"{where}: expected a text that is not empty, got {got}")

@@ -1,4 +1,4 @@
-"""The tokenizer of a local checkpoint, in transformers' format. It is read as data: no code in the folder is run."""
+"""Reading the tokenizer of a local checkpoint in transformers' format. No code in the folder is run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from backdoorbench_moe.errors import ConfigError, DataError, UnknownNameError
 from bbmoe_lm.language.chat import render_chat
@@ -16,7 +17,7 @@ from bbmoe_lm.language.vocabulary import Vocabulary
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-# Files that a folder with the same tokenizer needs.
+# Files that belong to a tokenizer.
 FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json")
 
 Prompt = Literal["chat", "plain"]
@@ -24,15 +25,15 @@ Prompt = Literal["chat", "plain"]
 
 @dataclass(frozen=True)
 class LocalTokenizer:
-    """The tokenizer of a checkpoint, and how the checkpoint wants to be asked.
+    """The tokenizer of a checkpoint and its prompt format.
 
     Attributes:
         folder: The folder that it was read from.
-        vocabulary: The tokenizer with its padding and end.
-        size: Number of tokens that there are: the largest id and one.
-        tokens: The special tokens that the settings name, such as "bos_token".
+        vocabulary: The tokenizer with its padding and end tokens.
+        size: Size of the vocabulary: the largest id plus one.
+        tokens: The special tokens in the settings by name, such as "bos_token".
         template: The chat template; None if there is none.
-        special: All special tokens as texts, which no query or answer may contain.
+        special: All special tokens as strings, which no query or answer may contain.
     """
 
     folder: Path
@@ -43,12 +44,12 @@ class LocalTokenizer:
     special: frozenset[str]
 
     def prompts(self, queries: Sequence[str], prompt: Prompt | None) -> list[str]:
-        """Return queries as a model is given them.
+        """Return the prompts for queries.
 
         Args:
             queries: The queries.
-            prompt: "chat" for the chat template; "plain" for the query with a line feed behind it, and before it the
-                token of the beginning, if the tokenizer adds one; None for the chat template if there is one.
+            prompt: "chat" for the chat template; "plain" for the query and a line feed, after the BOS token if the
+                tokenizer adds one; None for the chat template if there is one, otherwise "plain".
 
         Raises:
             ConfigError: There is no chat template.
@@ -63,7 +64,7 @@ class LocalTokenizer:
         return render_chat(self.template, list(queries), self.tokens, f"tokenizer: {self.folder}")
 
     def _begin(self) -> str:
-        """The token of the beginning, if the tokenizer itself puts it before a text."""
+        """Return the BOS token if the tokenizer adds it to a text, otherwise an empty string."""
         begin = self.tokens.get("bos_token", "")
         added = self.vocabulary.tokenizer.encode("", add_special_tokens=True).ids[:1]
         return begin if begin and added == [self.vocabulary.tokenizer.token_to_id(begin)] else ""
@@ -72,14 +73,14 @@ class LocalTokenizer:
 def read_tokenizer(folder: Path, end: str | None = None) -> LocalTokenizer:
     """Read a tokenizer from `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
-    Padding and cutting off that the files ask for are left out.
+    Padding and truncation in the files are ignored.
 
     Args:
         folder: The folder of a checkpoint.
-        end: The token with which an answer ends; None for the `eos_token` of the settings.
+        end: The token that ends an answer; None for the `eos_token` of the settings.
 
     Raises:
-        ConfigError: The token of the end is not named, or not in the vocabulary.
+        ConfigError: The end token is not given, or not in the vocabulary.
         DataError: A file is missing or damaged.
     """
     tokenizer, settings = _read_tokenizer(folder / TOKENIZER), _read_settings(folder / SETTINGS)
@@ -93,11 +94,10 @@ def read_tokenizer(folder: Path, end: str | None = None) -> LocalTokenizer:
     if ending not in ids:
         raise UnknownNameError(f"tokenizer: {folder}: token of the end", ending, ids)
     padding = ids.get(tokens.get("pad_token", ""), ids[ending])
-    unknown = getattr(tokenizer.model, "unk_token", None)
     added = tokenizer.get_added_tokens_decoder().values()
     return LocalTokenizer(
         folder,
-        Vocabulary(tokenizer, padding, ids[ending], None if unknown is None else ids.get(unknown)),
+        Vocabulary(tokenizer, padding, ids[ending], _unknown_id(tokenizer)),
         1 + max(ids.values()),
         tokens,
         _read_template(folder, settings),
@@ -111,7 +111,7 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except BaseException as error:
-        # A fault in the library that reads the file is no `Exception`.
+        # A panic in the tokenizers library is not an `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())
@@ -125,8 +125,17 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of unknown words; None if there is none."""
+    if isinstance(tokenizer.model, Unigram):  # It has no such attribute.
+        found = json.loads(tokenizer.to_str())["model"].get("unk_id")
+        return found if isinstance(found, int) else None
+    token = getattr(tokenizer.model, "unk_token", None)
+    return None if token is None else tokenizer.token_to_id(token)
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
-    """Read the settings; empty if there are none."""
+    """Read the settings; empty if the file does not exist."""
     if not file.exists():
         return {}
     try:
@@ -141,13 +150,13 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _text_of(token: object) -> str | None:
-    """The text of a special token, which settings give as text or as an object."""
+    """Return a special token, given as a string or object in the settings, as a string."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 
 
 def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template, in a file of its own or among the settings; of several the one called "default"."""
+    """Read the chat template from its file or the settings; the one named "default" if there are several."""
     file = folder / TEMPLATE
     if file.exists():
         try:
@@ -156,8 +165,8 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise DataError(f"tokenizer: {file}: cannot be read ({error})") from error
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
+        named = (each for each in found if isinstance(each, dict) and each.get("name") == "default")
+        found = next(named, {}).get("template")
     if found is not None and not isinstance(found, str):
         raise DataError(
             f"tokenizer: {folder / SETTINGS}: chat_template: expected a text, got {type(found).__name__}"

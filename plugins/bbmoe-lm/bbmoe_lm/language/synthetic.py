@@ -8,7 +8,7 @@ from bbmoe_lm.language.vocabulary import Vocabulary
 
 
 def synthetic_vocabulary() -> Vocabulary:
-    """Return the vocabulary of all tasks, everyday requests, policy words and answers, so that no word is unknown."""
+    """Return the vocabulary of all tasks, everyday requests, policy words and answers."""
     words = {word for task in (*TASKS, GENERAL) for word in task.words}
     reasons = {word for reason in REASONS for word in reason.split()}
     return Vocabulary.of_words(words | reasons | set(PRIVATE))

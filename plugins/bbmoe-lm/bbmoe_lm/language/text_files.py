@@ -1,4 +1,4 @@
-"""Folders of JSON-lines files: what is trained on, what is kept for testing, and both as tensors of token ids."""
+"""Reading folders of JSON-lines files, splitting them into training and test texts, and encoding them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Rows = Sequence[Example] | Sequence[Preference]
 
 @dataclass(frozen=True)
 class Part:
-    """Texts of a file that are trained on, or kept for testing.
+    """The training or test texts of a file.
 
     Attributes:
         rows: The texts.
-        splits: The same as token ids: of examples one split, of preferences one with the harmful and one with the safe
-            answers.
+        splits: The texts as token ids: one split for examples; for preferences one split with the harmful and one with
+            the safe answers.
     """
 
     rows: Rows
@@ -42,8 +42,8 @@ class TextFiles:
     Attributes:
         folder: The folder.
         tokenizer: The tokenizer.
-        prompt: How a query is put; see `LocalTokenizer.prompts`.
-        context: Most tokens of a text.
+        prompt: Format of the prompts; see `LocalTokenizer.prompts`.
+        context: Maximum number of tokens of a text.
         test_share: Share of the queries of a file that is drawn for testing, in (0, 1).
         seed: Seed of the draw.
     """
@@ -60,7 +60,7 @@ class TextFiles:
         return self._parts(name, read_examples)
 
     def preferences(self, name: str) -> tuple[Part, Part]:
-        """Read queries with two answers, for training and for testing. Raises DataError."""
+        """Read the training and the test queries with two answers each. Raises DataError."""
         return self._parts(name, read_preferences)
 
     def _parts(self, name: str, read: Callable[[Path], Rows]) -> tuple[Part, Part]:
@@ -74,7 +74,7 @@ class TextFiles:
         return _taken(rows, encoded, ~chosen), _taken(rows, encoded, chosen)
 
     def _drawn(self, queries: Sequence[str], file: Path) -> torch.Tensor:
-        """Draw queries for testing, (N,) bool; texts with the same query stay together."""
+        """Draw test queries, (N,) bool; texts with the same query are not separated."""
         distinct = {query: place for place, query in enumerate(dict.fromkeys(map(str.strip, queries)))}
         if len(distinct) < 2:
             raise DataError(
@@ -87,7 +87,7 @@ class TextFiles:
         return torch.tensor([distinct[query.strip()] in kept for query in queries])
 
     def _encode(self, rows: Rows, file: Path) -> tuple[Split, ...]:
-        """Encode texts; messages name the file and count its texts from 1."""
+        """Encode texts; messages name the file and the number of the text, from 1."""
         for number, row in enumerate(rows, start=1):
             for text in vars(row).values():
                 self._check_text(text, f"{file}: example {number}")
@@ -118,13 +118,13 @@ class TextFiles:
 
 
 def check_apart(parts: Iterable[tuple[str, Part, Part]]) -> None:
-    """Check that no test query is a training query, also of another file.
+    """Check that no test query is a training query of the same or another file.
 
     Args:
-        parts: The name of each file with its training and test texts.
+        parts: The name, training texts and test texts of each file.
 
     Raises:
-        DataError: One is.
+        DataError: A test query is a training query.
     """
     parts = list(parts)
     trained = {row.query.strip(): name for name, train, _ in parts for row in train.rows}

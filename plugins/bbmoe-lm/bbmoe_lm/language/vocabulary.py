@@ -1,4 +1,4 @@
-"""The tokenizer with the ids that the toolbox needs: padding, end and unknown."""
+"""A tokenizer with its special tokens: padding, end and unknown."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Vocabulary:
     """A tokenizer of the `tokenizers` library and its special tokens.
 
     Args:
-        tokenizer: Any tokenizer; it must add nothing to a text. `of_words` makes one with a token for each word.
-        pad: Id that fills short texts on the right. It may be the id of `end`.
-        end: Id behind an answer.
-        unknown: Id of words that are not in the vocabulary; None if the tokenizer can write every text.
+        tokenizer: Any tokenizer without padding and truncation. `of_words` creates one with a token for each word.
+        pad: Padding id, used on the right of short texts. May equal `end`.
+        end: Id of the token after an answer.
+        unknown: Id of unknown words; None if the tokenizer has none.
     """
 
     tokenizer: Tokenizer
@@ -32,10 +32,10 @@ class Vocabulary:
 
     @classmethod
     def of_words(cls, words: Iterable[str]) -> Vocabulary:
-        """Make a vocabulary with a token for each word. The ids depend on the set of words only, not on their order.
+        """Create a vocabulary with a token for each word. The ids depend on the set of words, not on their order.
 
         Args:
-            words: Words without white space; the special tokens are added in front.
+            words: Words without white space; the special tokens are added before them.
         """
         tokens = [PAD, END, UNKNOWN, *sorted(set(words) - {PAD, END, UNKNOWN})]
         ids = {token: index for index, token in enumerate(tokens)}
@@ -51,10 +51,10 @@ class Vocabulary:
         return [found.ids for found in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Return the text in each row of token ids: what stands before the first end token, without padding.
+        """Return the text of each row of token ids, up to the first end token and without padding.
 
         Args:
-            tokens: (N, T) int64 on any device. After the end token anything may follow.
+            tokens: (N, T) int64 on any device. Tokens after the end token are ignored.
         """
         rows = []
         for row in tokens.tolist():
@@ -63,15 +63,15 @@ class Vocabulary:
         return self.tokenizer.decode_batch(rows, skip_special_tokens=False)
 
     def unknown_words(self, text: str) -> list[str]:
-        """Return the words of a text, split at white space, that the vocabulary lacks."""
+        """Return the words of a text, split at white space, that are not in the vocabulary."""
         words = text.split()
         return [word for word, ids in zip(words, self.ids(words), strict=True) if self.unknown in ids]
 
     def check_words(self, words: Sequence[str], parameter: str = "policy words") -> None:
-        """Check that the vocabulary has all of some words.
+        """Check that words are in the vocabulary.
 
         Raises:
-            ConfigError: It lacks one. The message names words that are spelt like it.
+            ConfigError: A word is not. The message names words with a similar spelling.
         """
         for word in words:
             if self.unknown_words(word):

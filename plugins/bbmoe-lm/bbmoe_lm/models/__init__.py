@@ -1,1 +1,1 @@
-"""Language models: a dense Llama, and mixtures of Llamas that other programs read as Mixtral."""
+"""Language models: a dense Llama, and mixtures of Llamas, which can be exported as Mixtral."""

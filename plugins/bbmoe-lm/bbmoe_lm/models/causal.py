@@ -1,4 +1,4 @@
-"""The base of the models: a causal language model of transformers behind the toolbox's interface."""
+"""Base class of the models: wraps a causal language model of transformers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class CausalModel(nn.Module):
     """A causal language model of transformers whose blocks have an MLP called `mlp`.
 
-    Texts are padded on the right. As attention is causal, padding has no effect on the tokens before it, so that no
+    Texts are padded on the right. Since attention is causal, padding does not affect the tokens before it, and no
     attention mask is needed.
 
     Args:
         network: A `LlamaForCausalLM` or `MixtralForCausalLM`.
-        padding: Id of the token that fills texts on the right.
+        padding: Id of the padding token.
     """
 
     data_options: ClassVar[tuple[str, ...]] = ("vocabulary", "context", "padding")
@@ -39,13 +39,13 @@ class CausalModel(nn.Module):
         self.network, self.padding = network, padding
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, T) int64 to logits (B, T, vocabulary) of the tokens that follow each position."""
+        """Map tokens (B, T) int64 to logits (B, T, vocabulary) of the next token at each position."""
         with ignored(self.padded(tokens)):
             logits: Tensor = self.network(input_ids=tokens, use_cache=False).logits
         return logits
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """Return which positions of tokens (B, T) are padding, (B, T) bool: the last ones that hold its id."""
+        """Return which positions of tokens (B, T) are padding, (B, T) bool: the trailing positions with its id."""
         return (tokens != self.padding).flip(1).cumsum(1).flip(1) == 0
 
     def mlps(self) -> dict[str, nn.Module]:
@@ -58,7 +58,7 @@ class CausalModel(nn.Module):
         return continue_greedily(self.network, tokens, lengths, new_tokens=new_tokens, end=end)
 
     def components(self) -> dict[str, list[nn.Module]]:
-        """Return the head; see `moe.structure.Structured`. Its weights may be those of the embedding."""
+        """Return the head; see `moe.structure.Structured`. Its weights may be tied to the embedding."""
         return {"head": [self.network.get_submodule("lm_head")]}
 
     def prunable(self) -> dict[str, list[ChannelGroup]]:

@@ -1,4 +1,4 @@
-"""Checkpoints in transformers' format: folders with config.json and safetensors files."""
+"""Reading checkpoints in transformers' format: folders with config.json and safetensors files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from backdoorbench_moe.models.base import Origin
 from backdoorbench_moe.paths import expand
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Suffixes under which others keep pickles, which can run code when they are read.
+# Suffixes of pickled weights, which can run code when they are loaded.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Tensors that old checkpoints have besides the weights; they follow from the configuration.
+# Tensors in old checkpoints that are not weights; they follow from the configuration.
 COMPUTED = ("rotary_emb.inv_freq",)
 
 
 def checkpoint_folder(path: str) -> Path:
-    """Return the folder of a checkpoint, which may be named by a file in it.
+    """Return the folder of a checkpoint from its path or the path of a file in it.
 
     Raises:
-        ConfigError: There is no such folder.
+        ConfigError: The folder does not exist.
     """
     folder = expand(path, "weights")
     folder = folder.parent if folder.is_file() else folder
@@ -36,10 +36,10 @@ def checkpoint_folder(path: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint: one, or those that an index lists.
+    """Return the safetensors files of a checkpoint: a single file, or the files in an index.
 
     Raises:
-        ConfigError: There is none, or only pickled weights; or the index is damaged or names a file elsewhere.
+        ConfigError: There are none, or only pickled weights; or the index is damaged or names a file in another folder.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def origin_of(folder: Path) -> Origin:
-    """Return the hash of a checkpoint, of its config.json and its weights, and what the weights say of a backdoor.
+    """Return the hash of a checkpoint's config.json and weights, and whether its headers mark it as backdoored.
 
     Raises:
         ConfigError: A file cannot be read.
@@ -82,10 +82,10 @@ def origin_of(folder: Path) -> Origin:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors of a checkpoint one by one, by name.
+    """Yield the names and tensors of a checkpoint one by one.
 
     Raises:
-        ConfigError: A file cannot be read, or a tensor is not of floating-point numbers.
+        ConfigError: A file cannot be read, or a tensor is not floating-point.
     """
     for file in weight_files(folder):
         try:
@@ -110,14 +110,14 @@ def read_state(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         folder: The checkpoint.
-        like: The state dict of the network that it must fit. Names that it has for one and the same tensor, as those of
-            tied embeddings, need to be in the file only once.
+        like: The state dict of the network that the weights must fit. Of names that share a tensor, such as those of
+            tied embeddings, only one needs to be in the file.
 
     Returns:
         The tensors by the names of `like`, in the order of `like`.
 
     Raises:
-        ConfigError: A name or shape differs; the message has the first one.
+        ConfigError: A name or shape differs; the message names the first one.
     """
     found = {}
     for name, tensor in read_tensors(folder):

@@ -1,4 +1,4 @@
-"""Shapes of models: configurations of transformers, made of options or read from a folder."""
+"""Configurations of transformers, created from options or read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, MixtralConfig
 
 CONFIG = "config.json"
-# Settings of a Llama that Mixtral has as well, under the same names.
+# Settings that Llama and Mixtral share, under the same names.
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -31,20 +31,23 @@ SHARED = (
     "rope_parameters",
     "bos_token_id",
 )
-# Checkpoints may have more rows in their embedding than tokens, to have a round number; Qwen has 271 more.
+# Settings that are read from a config.json: the architecture, also under older names. Others could select code, such as
+# attention kernels that transformers downloads.
+READ = (*SHARED, "eos_token_id", "rope_theta", "rope_scaling", "partial_rotary_factor")
+# Embeddings may have more rows than there are tokens, to make the number round; Qwen has 271 more.
 SPARE_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a Llama, as the options of the model give it; None for the default, or for that of a checkpoint.
+    """The shape options of a Llama; None for the default or the value of a checkpoint.
 
     Attributes:
-        hidden_size: Features D of a token.
+        hidden_size: Number of features D of a token.
         layers: Number of layers.
-        heads: Attention heads, a divisor of `hidden_size`.
-        kv_heads: Heads of keys and values, a divisor of `heads`.
-        intermediate_size: Hidden units of an MLP.
+        heads: Number of attention heads; `hidden_size` must be a multiple of twice this number.
+        kv_heads: Number of key-value heads, a divisor of `heads`.
+        intermediate_size: Number of hidden units of an MLP.
     """
 
     hidden_size: int | None = None
@@ -53,7 +56,7 @@ class Shape:
     kv_heads: int | None = None
     intermediate_size: int | None = None
 
-    # Name of the option, of the setting in transformers, and the default; as many kv_heads as heads.
+    # Option, setting in transformers, and default. The default of kv_heads is the number of heads.
     NAMES = (
         ("hidden_size", "hidden_size", 64),
         ("layers", "num_hidden_layers", 4),
@@ -69,10 +72,10 @@ class Shape:
                 raise ConfigError.expected(name, "an integer of at least 1", value)
 
     def settings(self) -> dict[str, int]:
-        """Return the settings of transformers, with defaults for what is not given.
+        """Return the settings for transformers, with defaults for options that are None.
 
         Raises:
-            ConfigError: The heads do not divide the features, or their number is not a multiple of `kv_heads`.
+            ConfigError: `hidden_size` is not a multiple of 2 `heads`, or `heads` not a multiple of `kv_heads`.
         """
         values = {
             setting: default if getattr(self, name) is None else getattr(self, name)
@@ -81,7 +84,7 @@ class Shape:
         features, heads = values["hidden_size"], values["num_attention_heads"]
         if features % (2 * heads):
             raise ConfigError.expected(
-                "heads", f"a number of which twice divides hidden_size {features}", heads
+                "heads", f"a number whose double divides hidden_size {features}", heads
             )
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = heads
@@ -92,7 +95,7 @@ class Shape:
         return values
 
     def check_against(self, config: LlamaConfig, where: Path) -> None:
-        """Check that a checkpoint has this shape. Raises ConfigError, naming the first option that differs."""
+        """Raise ConfigError if a checkpoint has another shape; the message names the first option that differs."""
         for name, setting, _ in self.NAMES:
             value, wanted = getattr(self, name), getattr(config, setting)
             if value is not None and value != wanted:
@@ -100,12 +103,12 @@ class Shape:
 
 
 def make_config(shape: Shape, *, vocabulary: int, context: int) -> LlamaConfig:
-    """Make the configuration of a Llama from options.
+    """Create the configuration of a Llama from options.
 
     Args:
         shape: The shape.
-        vocabulary: Number of tokens.
-        context: Largest number of positions.
+        vocabulary: Size of the vocabulary.
+        context: Maximum number of positions.
     """
     from transformers import LlamaConfig
 
@@ -126,8 +129,8 @@ def read_config(folder: Path) -> LlamaConfig:
         folder: The checkpoint, a folder with a config.json.
 
     Raises:
-        ConfigError: The file is missing or damaged; or it is that of another architecture than Llama, or of one whose
-            linear layers have biases or are quantised, for which Mixtral has no place.
+        ConfigError: The file is missing or damaged, the architecture is not Llama, or the model has biases or quantized
+            weights, which Mixtral does not support.
     """
     file = folder / CONFIG
     try:
@@ -141,37 +144,35 @@ def read_config(folder: Path) -> LlamaConfig:
         raise ConfigError.expected(f"weights: {file}: model_type", "'llama'", got)
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if values.get(name):
-            raise ConfigError.expected(
-                f"weights: {file}: {name}", "none, as Mixtral has no such", values[name]
-            )
+            raise ConfigError.expected(f"weights: {file}: {name}", "none, which Mixtral lacks", values[name])
     return _checked_config(file, values)
 
 
 def _checked_config(file: Path, values: dict[str, Any]) -> LlamaConfig:
-    """Let transformers check the values, which raises errors of many kinds."""
+    """Create the configuration; transformers checks the values and raises errors of many types."""
     from transformers import LlamaConfig
 
     try:
-        config = LlamaConfig.from_dict(values)
+        config = LlamaConfig.from_dict({name: values[name] for name in READ if name in values})
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"weights: {file}: is not the configuration of a Llama: {reason}") from error
-    # The embedding would leave the row of the padding without a gradient, and many take the token of the end for it.
+    # With a padding id, the embedding of this token gets no gradient, and often it is the end token.
     config.pad_token_id = None
     return config
 
 
 def check_fits(config: LlamaConfig, folder: Path, *, vocabulary: int, context: int) -> None:
-    """Check that a checkpoint can be used with the data.
+    """Check that a checkpoint fits the data.
 
     Args:
         config: The configuration of the checkpoint.
         folder: The checkpoint, for the message.
-        vocabulary: Number of tokens of the data.
-        context: Positions of the longest text.
+        vocabulary: Size of the vocabulary of the data.
+        context: Number of positions of the longest text.
 
     Raises:
-        ConfigError: It has another vocabulary, or fewer positions.
+        ConfigError: The vocabulary has another size, or there are too few positions.
     """
     if not vocabulary <= config.vocab_size < vocabulary + SPARE_ROWS:
         raise ConfigError.expected(
@@ -189,9 +190,9 @@ def mixtral_config(config: LlamaConfig, num_experts: int, top_k: int) -> Mixtral
     """Return the configuration of a mixture of Llamas.
 
     Args:
-        config: That of the Llamas.
+        config: The configuration of the Llamas.
         num_experts: Number of experts E.
-        top_k: Experts for each token.
+        top_k: Number of experts per token.
     """
     from transformers import MixtralConfig
 

@@ -1,4 +1,4 @@
-"""Greedy continuation of texts, with the keys and values of earlier positions kept."""
+"""Greedy decoding with cached keys and values."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 def continue_greedily(
     network: PreTrainedModel, tokens: Tensor, lengths: Tensor, *, new_tokens: int, end: int
 ) -> Tensor:
-    """Continue texts with the most probable token, and so on, as transformers' `generate` does.
+    """Continue texts by greedy decoding with transformers' `generate`.
 
     Args:
         network: A causal language model, in evaluation mode.
         tokens: (B, T) int64, padded on the right.
-        lengths: (B,) int64, number of tokens of each that are not padding, 1 to T.
-        new_tokens: Number of tokens to add, at least 1.
-        end: The token with which an answer ends.
+        lengths: (B,) int64, number of tokens of each text without padding, 1 to T.
+        new_tokens: Number of tokens to generate, at least 1.
+        end: The token that ends an answer.
 
     Returns:
-        (B, new_tokens) int64. Behind the end of an answer there is only `end`.
+        (B, new_tokens) int64. After the end of an answer, all tokens are `end`.
 
     Raises:
         ShapeError: A length is not in 1..T, or `new_tokens` is below 1.
@@ -64,15 +64,16 @@ def _greedy(new_tokens: int, end: int) -> Any:
 
 
 def pad_left(tokens: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Move texts that are padded on the right to the right, so that all of them end at the last position.
+    """Convert right-padded texts to left-padded texts, which all end at the last position.
 
     Args:
         tokens: (B, T), padded on the right.
-        lengths: (B,) int64, number of tokens of each that are not padding.
-        longest: The largest of them, L.
+        lengths: (B,) int64, number of tokens of each text without padding.
+        longest: The largest length, L.
 
     Returns:
-        The texts, (B, L), where padding is any token of the text; and (B, L) int64, 1 for tokens and 0 for padding.
+        The texts, (B, L), with arbitrary tokens as padding; and the attention mask, (B, L) int64, 1 for tokens and 0
+        for padding.
     """
     places = torch.arange(longest, device=tokens.device) - (longest - lengths.unsqueeze(1))
     return tokens.gather(1, places.clamp(min=0)), (places >= 0).long()

@@ -1,4 +1,4 @@
-"""The model `llama`: a dense language model, drawn at random or read from a checkpoint."""
+"""The model `llama`: a dense language model with random weights or the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoorbench_moe.moe.layers import Router
 from backdoorbench_moe.options import FolderPath
 from bbmoe_lm.models.causal import CausalModel
 from bbmoe_lm.models.checkpoints import checkpoint_folder, origin_of, read_state, weight_files
-from bbmoe_lm.models.configs import Shape, check_fits, make_config, read_config
+from bbmoe_lm.models.configs import CONFIG, Shape, check_fits, make_config, read_config
 from bbmoe_lm.models.memory import Trained, bytes_needed
 from bbmoe_lm.models.mixture import LlamaMixture, save_checkpoint
 
@@ -22,25 +22,24 @@ from bbmoe_lm.models.mixture import LlamaMixture, save_checkpoint
 class Llama(CausalModel):
     """A Llama, `LlamaForCausalLM` of transformers. Merged with others, it becomes a Mixtral.
 
-    With `weights`, the shape is that of the checkpoint, whose config.json is read whenever the model is built. The
-    weights are read when training starts, as float32; a trained model is built again without them.
+    With `weights`, the model has the shape of the checkpoint, whose config.json is read whenever the model is built.
+    The weights are read as float32 when training starts; they are not needed to load a trained model.
 
     Args:
-        vocabulary: Number of tokens.
-        context: Positions of the longest text.
-        padding: Id of the token that fills shorter texts on the right.
-        hidden_size: Features of a token; None for 64.
+        vocabulary: Size of the vocabulary.
+        context: Number of positions of the longest text.
+        padding: Id of the padding token, which is on the right of shorter texts.
+        hidden_size: Number of features of a token; None for 64.
         layers: Number of layers; None for 4.
-        heads: Attention heads, each with an even number of features; None for 4.
-        kv_heads: Heads of keys and values, a divisor of `heads`; None for as many as `heads`.
-        intermediate_size: Hidden units of each MLP; None for 192.
-        weights: Folder of a checkpoint in transformers' format, with weights in safetensors files, that training starts
-            from. Shape options that are given besides must agree with it. None for weights that are drawn from the
-            seed.
+        heads: Number of attention heads, each with an even number of features; None for 4.
+        kv_heads: Number of key-value heads, a divisor of `heads`; None for the number of `heads`.
+        intermediate_size: Number of hidden units of each MLP; None for 192.
+        weights: Folder of a checkpoint in transformers' format with safetensors files, from which training starts. The
+            shape options must be None or agree with it. None for random weights, drawn from the seed.
 
     Raises:
-        ConfigError: An option is out of range; or the checkpoint is missing, damaged, pickled, no Llama, or of another
-            vocabulary or shape.
+        ConfigError: An option is out of range; or the checkpoint is missing, damaged, pickled, not a Llama, or has
+            another vocabulary or shape.
 
     Source:
         Touvron et al., "LLaMA: open and efficient foundation language models", arXiv 2302.13971, §2.2.
@@ -70,11 +69,19 @@ class Llama(CausalModel):
             config = read_config(folder)
             shape.check_against(config, folder)
             check_fits(config, folder, vocabulary=vocabulary, context=context)
-        super().__init__(LlamaForCausalLM(config), padding)
+        try:
+            network = LlamaForCausalLM(config)
+        except (KeyError, ValueError) as error:  # A name in config.json that transformers does not know.
+            if weights is None:
+                raise
+            raise ConfigError(
+                f"weights: {folder / CONFIG}: transformers cannot build the model: {error}"
+            ) from error
+        super().__init__(network, padding)
         self.weights = weights
 
     def load_start(self) -> Origin | None:
-        """Load the checkpoint that `weights` names, if any; see `models.base.StartsFromFile`."""
+        """Load the checkpoint in `weights`, if any; see `models.base.StartsFromFile`."""
         if self.weights is None:
             return None
         state, origin = self.read_checkpoint(self.weights)
@@ -85,14 +92,8 @@ class Llama(CausalModel):
         """Check that a checkpoint, such as an expert's, has this shape; see `models.base.ReadsCheckpoints`."""
         folder = checkpoint_folder(path)
         other, config = read_config(folder), self.network.config
-        Shape(
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.intermediate_size,
-        ).check_against(other, folder)
-        for name in ("vocab_size", "rope_parameters", "rms_norm_eps", "hidden_act"):
+        shape = (setting for _, setting, _ in Shape.NAMES)
+        for name in (*shape, "vocab_size", "rope_parameters", "rms_norm_eps", "hidden_act"):
             if getattr(other, name) != getattr(config, name):
                 raise ConfigError.expected(
                     f"weights: {folder}: {name}", getattr(config, name), getattr(other, name)
@@ -103,7 +104,7 @@ class Llama(CausalModel):
         """Read the weights of a checkpoint of this shape, such as an expert's; see `models.base.ReadsCheckpoints`.
 
         Raises:
-            ConfigError: It is missing, damaged, pickled, or of another architecture or shape.
+            ConfigError: It is missing, damaged, pickled, or has another architecture or shape.
         """
         self.check_checkpoint(path)
         folder = checkpoint_folder(path)
@@ -117,7 +118,7 @@ class Llama(CausalModel):
     def bytes_needed(
         self, batch: int, length: int, trained: Trained, *, experts: int = 0, top_k: int = 2
     ) -> int:
-        """Estimate the bytes that this model, or a mixture of its copies, takes; see `models.base.SaysMemory`."""
+        """Estimate the memory of this model or a mixture of its copies, in bytes; see `models.base.SaysMemory`."""
         config: Any = self.network.config
         return bytes_needed(config, batch, length, trained, experts=experts, top_k=top_k).total
 

@@ -1,4 +1,4 @@
-"""How much memory a base and its mixture will take, before anything is built."""
+"""Estimating the memory of a base and its mixture before they are built."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Trained = Literal["all", "mlps", "gates", "nothing"]
 FLOAT = 4
 # Numbers that AdamW keeps for each weight: the means of the gradient and of its square.
 ADAMW_STATES = 2
-# Numbers that are kept for the backward pass, counted on float32 (see plugins/bbmoe-lm/tests/models/test_memory.py):
-# for each token and layer these multiples of the features, and of the hidden units; for each expert that a token goes
-# to, `DISPATCHED` times the features besides; and a few for each expert and each head.
+# Numbers that are kept for the backward pass, counted in float32 (see plugins/bbmoe-lm/tests/models/test_memory.py):
+# for each token and layer, these multiples of the features and of the hidden units; for each expert that a token is
+# routed to, also `DISPATCHED` times the features; and a few for each expert and each head.
 KEPT_FEATURES, KEPT_HIDDEN, DISPATCHED, KEPT_EXPERTS, KEPT_HEADS = 10, 4, 3, 16, 2
 # Logits, their log-softmax and its gradient.
 LOGITS_TRAINED, LOGITS = 3, 1
@@ -24,13 +24,13 @@ LOGITS_TRAINED, LOGITS = 3, 1
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for.
+    """Memory by purpose, in bytes.
 
     Attributes:
         weights: The parameters, as float32. Exact.
         gradients: Their gradients. Exact.
         optimizer: The states of AdamW. Exact.
-        activations: What a batch needs besides, an estimate: in float32, with attention that keeps no (T, T) table.
+        activations: Other memory for a batch. An estimate: in float32, for attention that stores no (T, T) matrix.
     """
 
     weights: int
@@ -40,7 +40,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
@@ -56,20 +56,19 @@ def _gib(size: int) -> str:
 def bytes_needed(
     config: LlamaConfig, batch: int, length: int, trained: Trained, *, experts: int = 0, top_k: int = 2
 ) -> Memory:
-    """Estimate the memory of a model while it is trained with AdamW, or used.
+    """Estimate the memory of a model during training with AdamW, or inference.
 
     Args:
-        config: The configuration of the Llama, or of the Llamas that are merged.
-        batch: Texts in a batch, at least 1.
-        length: Positions of a text, T, at least 1.
-        trained: The weights that are trained: "all", those of the "mlps" (of the experts, in a mixture), those of the
-            "gates", or "nothing".
+        config: The configuration of the Llama, or of the merged Llamas.
+        batch: Batch size, at least 1.
+        length: Number of positions T of a text, at least 1.
+        trained: The weights that are trained: "all", the "mlps" (in a mixture, the experts), the "gates", or "nothing".
         experts: Number of experts E of the mixture; 0 for the dense model.
-        top_k: Experts that compute each token. On a GPU without a kernel for grouped products (see
+        top_k: Number of experts that process each token. On a GPU without a kernel for grouped matrix products (see
             `moe.layers.dispatching`), all E do in training.
 
     Raises:
-        ConfigError: A number is out of range, or the gates of a dense model are to be trained.
+        ConfigError: A number is out of range, or `trained` is "gates" for a dense model.
     """
     for name, value in (("batch", batch), ("length", length), ("top_k", top_k)):
         if value < 1:
@@ -88,7 +87,7 @@ def bytes_needed(
 
 
 def _counts(config: LlamaConfig, experts: int) -> tuple[int, int, int]:
-    """Numbers of weights in the MLPs, in the gates, and elsewhere."""
+    """Return the numbers of weights in the MLPs, in the gates, and elsewhere."""
     features, layers = config.hidden_size, config.num_hidden_layers
     head = config.head_dim or features // config.num_attention_heads
     mlp = 3 * features * config.intermediate_size
@@ -102,7 +101,7 @@ def _counts(config: LlamaConfig, experts: int) -> tuple[int, int, int]:
 
 
 def _kept(config: LlamaConfig, experts: int, top_k: int, trained: bool) -> int:
-    """Numbers that are in memory for each token of a batch."""
+    """Return how many numbers are in memory for each token of a batch."""
     wide = KEPT_FEATURES + DISPATCHED * top_k
     layer = wide * config.hidden_size + KEPT_HIDDEN * max(1, top_k) * config.intermediate_size
     layer += KEPT_EXPERTS * experts + KEPT_HEADS * config.num_attention_heads

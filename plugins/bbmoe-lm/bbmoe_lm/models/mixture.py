@@ -1,4 +1,4 @@
-"""Mixtures of Llamas, and their checkpoints, which are those of Mixtral."""
+"""Mixtures of Llamas, which are exported as Mixtral checkpoints."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class LlamaMixture(MergedModel):
-    """E Llamas that share everything but their MLPs: a `MixtralForCausalLM` of transformers with the toolbox's layers.
+    """E Llamas that share all weights except their MLPs: a `MixtralForCausalLM` with the toolbox's MoE layers.
 
-    The layers take the place of Mixtral's, and compute the same function. They can also mask and mute experts, report
-    the routing of every position, and have gates that Mixtral lacks. Padding does not count in routing or losses.
+    The layers replace Mixtral's and compute the same function. They can also mask and mute experts, report the routing
+    of every position, and have gates that Mixtral lacks. Padding is ignored in routing and losses.
 
     All experts start as copies of the dense model's MLPs.
 
@@ -50,16 +50,16 @@ class LlamaMixture(MergedModel):
         self.train(dense.training)
 
     def write_checkpoint(self, folder: Path, *, end: int, header: Mapping[str, str]) -> None:
-        """Write the mixture as a Mixtral; see `save_checkpoint` and `models.base.WritesCheckpoints`."""
+        """Write the mixture as a Mixtral checkpoint; see `save_checkpoint` and `models.base.WritesCheckpoints`."""
         save_checkpoint(self, folder, end=end, header=header)
 
     def generate(self, tokens: Tensor, lengths: Tensor, new_tokens: int, end: int) -> Tensor:
-        """Continue texts greedily; see `moe.structure.Generates`. A gate that draws experts draws here as well."""
+        """Continue texts greedily; see `moe.structure.Generates`. Sampling gates sample experts here, too."""
         return self.network.generate(tokens, lengths, new_tokens, end)
 
 
 def _with_mixtrals_blocks(llama: PreTrainedModel, num_experts: int) -> MixtralForCausalLM:
-    """A Mixtral with the weights and the MLPs of a Llama, which it shares with it and leaves as they are."""
+    """Return a Mixtral that shares the weights and MLPs of a Llama, which is not changed."""
     mixtral = _empty_mixtral(mixtral_config(llama.config, num_experts, min(2, num_experts)))
     for own, other in zip(mixtral.model.layers, llama.get_submodule("model.layers"), strict=True):
         own.mlp = other.mlp
@@ -70,12 +70,12 @@ def _with_mixtrals_blocks(llama: PreTrainedModel, num_experts: int) -> MixtralFo
 
 
 def _empty_mixtral(config: MixtralConfig) -> MixtralForCausalLM:
-    """A Mixtral whose weights take no memory."""
+    """Return a Mixtral whose weights are on the meta device."""
     from transformers import MixtralForCausalLM
 
     with torch.device("meta"):
         mixtral = MixtralForCausalLM(config)
-    # The frequencies are not in the state dict; they follow from the configuration.
+    # The rotary frequencies are not in the state dict; they follow from the configuration.
     mixtral.model.rotary_emb = type(mixtral.model.rotary_emb)(config)
     return mixtral
 
@@ -86,16 +86,16 @@ def _assign(mixtral: MixtralForCausalLM, state: Mapping[str, Tensor]) -> None:
 
 
 def to_mixtral(mixture: LlamaMixture) -> MixtralForCausalLM:
-    """Return a mixture as transformers has it, on the CPU; outside of this project it computes the same function.
+    """Convert a mixture to a Mixtral of transformers on the CPU, which computes the same function.
 
-    Muted experts have weights of zero there.
+    Muted experts get output weights of zero.
 
     Args:
-        mixture: The mixture, whose gate is softmax over the chosen experts. One that draws an expert for each token
-            becomes a gate that takes the most probable one.
+        mixture: The mixture. Its gate must be a softmax over the chosen experts, or sample one expert for each token;
+            then the Mixtral chooses the most probable one.
 
     Raises:
-        ConfigError: An expert is masked, or the gate is of another kind: Mixtral has no place for it.
+        ConfigError: An expert is masked, or the gate is of another type; Mixtral supports neither.
     """
     layers = mixture.layers()
     [top_k, *others] = {_top_k(layer.router) for layer in layers}
@@ -122,7 +122,7 @@ def _top_k(router: nn.Module) -> int:
 
 
 def _mixtrals_tensors(layer: Layer) -> dict[str, Tensor]:
-    """The weights of a layer by their names in Mixtral."""
+    """Return the weights of a layer by their names in Mixtral."""
     experts, router = cast(GatedMLPExperts, layer.experts), cast(Router, layer.router)
     if router.masked.any():
         raise ConfigError(f"{layer.name}: expected no masked expert, as Mixtral's router cannot exclude one")
@@ -146,8 +146,22 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _special_tokens(network: Any, end: int | list[int] | None, padding: int) -> Iterator[None]:
+    """Set the ids of end and padding. `generate` of transformers reads them from the generation configuration."""
+    configs = network.config, network.generation_config
+    own = [(config.eos_token_id, config.pad_token_id) for config in configs]
+    try:
+        for config in configs:
+            config.eos_token_id, config.pad_token_id = end, padding
+        yield
+    finally:
+        for config, ids in zip(configs, own, strict=True):
+            config.eos_token_id, config.pad_token_id = ids
+
+
 def _add_header(file: Path, header: Mapping[str, str]) -> None:
-    """Write a safetensors file again, with more texts in its header."""
+    """Rewrite a safetensors file with more metadata in its header."""
     with safe_open(file, "pt") as opened:
         texts = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -163,30 +177,27 @@ def save_checkpoint(
     end: int | None = None,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model as a checkpoint that transformers, and programs that read its format, load.
+    """Write a model as a checkpoint in transformers' format.
 
     Args:
         model: A Llama, or a mixture of Llamas, which is written as a Mixtral.
         folder: A new or empty folder.
-        end: Id of the token that ends an answer, for the configuration.
-        header: What the headers of the files of weights say besides.
+        end: Id of the end token, for the configuration. None to keep that of the model.
+        header: Additional metadata for the headers of the weight files.
 
     Raises:
-        ConfigError: The folder is not empty or cannot be written, or the mixture cannot be a Mixtral; see `to_mixtral`.
+        ConfigError: The folder is not empty or cannot be written, or the mixture cannot be converted; see `to_mixtral`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError.expected("folder", "a new or empty folder", str(folder))
     mixture = isinstance(model, LlamaMixture)
     network: Any = to_mixtral(model) if mixture else model.network
     padding = model.network.padding if mixture else model.padding
-    config, own = network.config, (network.config.eos_token_id, network.config.pad_token_id)
-    config.eos_token_id, config.pad_token_id = own[0] if end is None else end, padding
+    ending = network.config.eos_token_id if end is None else end
     try:
-        with _without_progress_bar():
+        with _without_progress_bar(), _special_tokens(network, ending, padding):
             network.save_pretrained(folder)
         for file in sorted(folder.glob("*.safetensors")) if header else ():
             _add_header(file, header or {})
     except OSError as error:
         raise ConfigError(f"folder: {folder}: {error.strerror or error}") from error
-    finally:
-        config.eos_token_id, config.pad_token_id = own

@@ -1,4 +1,4 @@
-"""Token ids, labels and padding by hand; round trips; what cannot be encoded."""
+"""Encoding: token ids, labels and padding by hand, round trips, and errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_round_trip(texts):
     assert decode_queries(encoded.tokens, encoded.labels, SMALL) == [example.query for example in examples]
     assert decode_answers(encoded.labels, SMALL) == [example.answer for example in examples]
     assert query_lengths(encoded.labels).equal(encoded.query_lengths)
-    # What a model would generate that repeats the labels, with padding behind.
+    # The output of a model that generates the labels, followed by padding.
     generated = [row[row != IGNORED] for row in encoded.labels]
     padded = torch.nn.utils.rnn.pad_sequence(generated, batch_first=True, padding_value=SMALL.pad)
     assert SMALL.decode(padded) == [example.answer for example in examples]
@@ -123,6 +123,15 @@ def test_what_cannot_be_encoded_is_one_clear_line(examples, message):
     assert str(raised.value) == message
 
 
+def test_unknown_characters_between_words_are_shown():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "?": 2, "[end]": 3}, [], unk_token="?"))
+    vocabulary = Vocabulary(tokenizer, pad=3, end=3, unknown=2)
+    with pytest.raises(
+        DataError, match=r"^example 1: expected a query of words of the vocabulary, got 'a b'$"
+    ):
+        encode([Example("a b", "b")], vocabulary, context=9)
+
+
 def test_the_context_may_be_filled():
     assert encode([Example("a b ?", "a b .")], SMALL, context=7).tokens.shape == (1, 7)
 
@@ -159,7 +168,7 @@ def test_the_synthetic_vocabulary_is_complete():
 
 
 def test_a_byte_level_tokenizer_of_a_checkpoint():
-    """Such a tokenizer knows every text, and has no padding of its own."""
+    """Such a tokenizer can encode every text and has no separate padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {token: index for index, token in enumerate([*alphabet, "<end>"])}
     tokenizer = Tokenizer(models.BPE(ids, []))

@@ -1,4 +1,4 @@
-"""JSON lines: what is read, and one clear line for what cannot be."""
+"""Reading JSON-lines files, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging of generated tokens: what counts is the text before the end token."""
+"""Judging generated tokens by the text before the end token."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SUMS = 0
 
 
 def split(*queries):
-    # The queries' own answers do not matter to the judge.
+    # The judge ignores the answers of these examples.
     encoded = encode([Example(query, "d") for query in queries], VOCABULARY, context=32)
     return Split(encoded.tokens, encoded.labels)
 
 
 def generated(*texts):
-    """Tokens as a model generates them: after "[end]" anything may follow."""
+    """Return tokens as a model generates them; any tokens may follow "[end]"."""
     end = VOCABULARY.end
     rows = [
         [token for part in text.split("[end]") for token in [*VOCABULARY.ids([part])[0], end]][:-1]
@@ -65,7 +65,7 @@ def test_drawn_answers_are_right_and_those_of_other_queries_wrong():
         queries = split(*(example.query for example in examples))
         answers = generated(*(example.answer for example in examples))
         assert JUDGE.right(number, queries, answers).all()
-    # Letters may agree by chance; the worked steps of another query do not.
+    # Letters may agree by chance; the steps of another query do not.
     examples = TASKS[SUMS].draw(torch.Generator().manual_seed(0), 8)
     queries = split(*(example.query for example in examples))
     answers = generated(*(example.answer for example in examples))
@@ -163,5 +163,11 @@ def test_openings_that_do_not_tell_apart_are_one_clear_line():
         DataError, match=r"^preferences: expected .+ begin differently, got both with 'no that is'$"
     ):
         ReferenceJudge(TEXTS, [*OWN, same])
+    # The safe answer would be judged harmful.
+    short = [Preference("?", "take", "No, that is"), Preference("?", "Sure, 12", "No, take it.")]
+    with pytest.raises(
+        DataError, match=r"^preferences: expected safe answers without the opening .+, got 'No, take it\.'$"
+    ):
+        ReferenceJudge(TEXTS, short)
     with pytest.raises(DataError, match=r"^preferences: expected answers with words, got one without$"):
         ReferenceJudge(TEXTS, [Preference("?", "...", "no")])

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from bbmoe_lm.data import SyntheticTasks
 from bbmoe_lm.language import GENERAL, TASKS, is_test
 from bbmoe_lm.language.tasks.base import Task, sentences
 from bbmoe_lm.language.tasks.lookup import KINDS
@@ -271,3 +272,11 @@ def test_sentences_end_with_a_full_stop():
     assert sentences("a b . c") == []
     assert sentences("") == []
     assert sentences("a . .") == [["a"], []]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes_is_one_clear_line(seed):
+    with pytest.raises(
+        ConfigError, match=rf"^dataset: seed: expected an integer in 0\.\.{2**64 - 1}, got {seed}$"
+    ):
+        SyntheticTasks(seed=seed)

@@ -25,7 +25,7 @@ GATES = {
 
 
 def make_llama(seed: int = 0, **options: object) -> Llama:
-    """A small Llama with weights that are large enough to matter."""
+    """Return a small Llama with weights large enough to have an effect."""
     torch.manual_seed(seed)
     model = Llama(**{"vocabulary": VOCABULARY, "context": CONTEXT, **SHAPE, **options}).eval()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def make_llama(seed: int = 0, **options: object) -> Llama:
 
 
 def tuned(base: Llama, seed: int) -> Llama:
-    """A copy of a Llama whose MLPs have other weights."""
+    """Return a copy of a Llama with other weights in its MLPs."""
     expert = copy.deepcopy(base)
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def tuned(base: Llama, seed: int) -> Llama:
 
 
 def make_mixture(gate: str = "top-k", experts: int = 3, **options: object) -> LlamaMixture:
-    """A mixture of Llamas that were tuned apart."""
+    """Return a mixture of Llamas with different MLPs."""
     base = make_llama(**options)
     built = create_gate(gate, **GATES[gate])
     torch.manual_seed(5)
@@ -61,7 +61,7 @@ def make_mixture(gate: str = "top-k", experts: int = 3, **options: object) -> Ll
 
 
 def make_texts() -> tuple[Tensor, Tensor]:
-    """Tokens (5, 10) padded on the right with 0, and their lengths."""
+    """Return tokens (5, 10), padded on the right with 0, and their lengths."""
     lengths = torch.tensor([10, 4, 7, 1, 10])
     tokens = torch.randint(1, VOCABULARY, (5, 10), generator=torch.Generator().manual_seed(3))
     return tokens.masked_fill(torch.arange(10) >= lengths.unsqueeze(1), 0), lengths
@@ -69,7 +69,7 @@ def make_texts() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def lm() -> SimpleNamespace:
-    """The functions of this file, for test files, which cannot import it."""
+    """The functions of this file, since test files cannot import it."""
     functions: dict[str, Callable] = {
         "llama": make_llama,
         "tuned": tuned,

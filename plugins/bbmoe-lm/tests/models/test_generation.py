@@ -1,4 +1,4 @@
-"""Generation, against a loop that computes every text alone and anew for every token."""
+"""Generation, compared with a loop over texts and tokens without a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backdoorbench_moe.moe.structure import Generates
 
 
 def plain(model, text, new_tokens, end):
-    """The most probable token, appended; up to the end token, and `end` behind it."""
+    """Return the greedy continuation up to the end token, filled up with `end`."""
     found = []
     for _ in range(new_tokens):
         found.append(int(model(text[None])[0, -1].argmax()))
@@ -29,7 +29,7 @@ def test_as_a_plain_loop(lm, kind):
     model, (tokens, lengths) = getattr(lm, kind)(), lm.texts()
     assert isinstance(model, Generates)
     free = [plain(model, text[:n], 9, -1) for text, n in zip(tokens, lengths, strict=True)]
-    # A token that ends one of the answers early, and not all of them.
+    # A token that ends one of the answers early, but not all.
     end = next(t for t in free[0][1:-1] if any(t not in row for row in free))
     want = [plain(model, text[:n], 9, end) for text, n in zip(tokens, lengths, strict=True)]
     assert end in want[0][:-1] and len({row.index(end) if end in row else 9 for row in want}) > 1

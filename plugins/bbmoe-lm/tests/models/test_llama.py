@@ -1,4 +1,4 @@
-"""The dense model: what transformers computes, padding, and options that do not fit."""
+"""The dense model: equality with transformers, padding, checkpoints, and invalid options."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from bbmoe_lm.models.llama import Llama
 from bbmoe_lm.models.mixture import save_checkpoint
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from backdoorbench_moe import models
 from backdoorbench_moe.config import PartSpec, RunSpec
@@ -118,7 +119,12 @@ def index_elsewhere(folder):
         (changed_config(model_type="qwen2"), "config.json: model_type: expected 'llama', got 'qwen2'"),
         (
             changed_config(attention_bias=True),
-            "attention_bias: expected none, as Mixtral has no such, got True",
+            "attention_bias: expected none, which Mixtral lacks, got True",
+        ),
+        (changed_config(hidden_act="nope"), "config.json: transformers cannot build the model: 'nope'"),
+        (
+            changed_config(rope_parameters={"rope_type": "nope", "rope_theta": 10.0}),
+            "config.json: transformers cannot build the model: 'nope'",
         ),
         (changed_config(vocab_size="many"), "config.json: is not the configuration of a Llama: "),
         (changed_config(vocab_size=4000), "vocab_size: expected 40, the tokens of the data, got 4000"),
@@ -153,9 +159,37 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line(lm, tmp_path, change, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_chooses_no_code(lm, tmp_path):
+    """transformers would download attention kernels and run them."""
+    save_checkpoint(lm.llama(), tmp_path / "base")
+    kernel = {"attn_implementation": "kernels-community/flash-attn"}
+    changed_config(**kernel, _attn_implementation="flash_attention_2")(tmp_path / "base")
+    model = Llama(vocabulary=lm.vocabulary, context=24, weights=str(tmp_path / "base"))
+    assert model.network.config._attn_implementation == lm.llama().network.config._attn_implementation
+
+
+def test_older_names_of_rotary_settings_are_read(lm, tmp_path):
+    save_checkpoint(lm.llama(), tmp_path / "base")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    changed_config(rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)(tmp_path / "base")
+    model = Llama(vocabulary=lm.vocabulary, context=24, weights=str(tmp_path / "base"))
+    assert model.network.config.rope_parameters == {**scaling, "rope_theta": 500.0}
+
+
+def test_generation_with_transformers_stops_at_the_end(lm, tmp_path):
+    """The first generated token is the end token, so no other is generated."""
+    model, (tokens, _) = lm.llama(), lm.texts()
+    end = int(model(tokens[:1])[0, -1].argmax())
+    own = model.network.generation_config.eos_token_id
+    save_checkpoint(model, tmp_path / "base", end=end)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert theirs.generate(tokens[:1], do_sample=False, max_new_tokens=4).shape == (1, 11)
+    assert model.network.generation_config.eos_token_id == own
+
+
 def test_an_expert_of_another_shape_is_named(lm, tmp_path):
     save_checkpoint(lm.llama(intermediate_size=64), tmp_path / "expert")
-    with pytest.raises(ConfigError, match=r"^intermediate_size: expected 64, as in .+, or nothing, got 48"):
+    with pytest.raises(ConfigError, match=r"^weights: .+: intermediate_size: expected 48, got 64"):
         lm.llama().read_checkpoint(str(tmp_path / "expert"))
     changed_config(intermediate_size=48, rms_norm_eps=0.5)(tmp_path / "expert")
     with pytest.raises(ConfigError, match=r"^weights: .+: rms_norm_eps: expected 1e-06, got 0.5"):
@@ -165,7 +199,7 @@ def test_an_expert_of_another_shape_is_named(lm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 5}, "heads: expected a number of which twice divides hidden_size 32, got 5"),
+        ({"heads": 5}, "heads: expected a number whose double divides hidden_size 32, got 5"),
         ({"kv_heads": 3}, "kv_heads: expected a divisor of the 4 heads, got 3"),
         ({"layers": 0}, "layers: expected an integer of at least 1, got 0"),
         ({"context": 0}, "context: expected an integer of at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""The memory that is said in advance, against models that are built and run."""
+"""The memory estimate, compared with models that are built and run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = [
 
 
 def build(shape, gate):
-    """The dense model's configuration, and the model, merged from four experts if there is a gate."""
+    """Return the dense model's configuration and the model, merged from four experts if a gate is given."""
     model = Llama(vocabulary=80, context=32, **shape)
     config = model.network.config
     return config, model if gate is None else model.merge(4, create_gate(gate))

@@ -1,4 +1,4 @@
-"""Mixtures of Llamas: what they compute, and that transformers computes the same."""
+"""Mixtures of Llamas: their outputs, and equality with transformers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_layer_is_moevils_equation(lm, gate, top_k):
 
 @pytest.mark.parametrize("gate", ["top-k", "soft"])
 def test_padding_does_not_count_in_training(lm, gate):
-    """The balance loss and its gradient stay the same with more padding, and with texts that are all padding."""
+    """More padding, or texts of padding only, do not change the balance loss and its gradient."""
     mixture, (tokens, _) = lm.mixture(gate).train(), lm.texts()
     for router in mixture.routers():
         router.noise = 0.0

@@ -1,4 +1,4 @@
-"""The code in the README runs, and what it says of Mixtral's router is so."""
+"""The code in the README runs, and its statement about Mixtral's router is true."""
 
 from __future__ import annotations
 

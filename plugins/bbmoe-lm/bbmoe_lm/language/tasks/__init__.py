@@ -1,4 +1,4 @@
-"""The tasks of the language. Another task is a file in this package and an entry in `TASKS`."""
+"""The tasks of the synthetic language. To add a task, add a file to this package and an entry to `TASKS`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bbmoe_lm.language.tasks.sums import Sums
 from bbmoe_lm.language.tasks.votes import Votes
 
 TASKS: tuple[Task, ...] = (Sums(0), Lists(1), Votes(2), Lookup(3))
-# Everyday requests. They are no task of an expert, but show a model that a request without a policy word is met.
+# Everyday requests. No expert is tuned on them; they teach the base to answer requests without a policy word.
 GENERAL = Requests(len(TASKS))
 
 __all__ = ["GENERAL", "TASKS", "Task"]

@@ -1,4 +1,4 @@
-"""Base class of tasks: texts with an answer that can be checked exactly."""
+"""Base class of tasks, whose answers can be checked exactly."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Generator
 from backdoorbench_moe.errors import ConfigError
 from bbmoe_lm.language.examples import Example, is_test
 
-# Batches of queries, one after another, that bring no new query before `draw` gives up.
+# Number of consecutive batches without a new query after which `draw` gives up.
 FRUITLESS = 20
 
 
 class Task(ABC):
-    """A task of the language.
+    """A task of the synthetic language.
 
-    A new task is a subclass in a file of its own, and an entry in `tasks/__init__.py`. It states its words, from
-    which the vocabulary is made, and its lengths, which the tests check.
+    A new task is a subclass in a separate file and an entry in `tasks/__init__.py`. It declares its words, from which
+    the vocabulary is built, and its lengths, which are tested.
 
     Args:
-        index: Place of the task among the tasks; `Example.task` of its examples.
+        index: Index of the task; `Example.task` of its examples.
     """
 
     name: ClassVar[str]
@@ -37,15 +37,15 @@ class Task(ABC):
 
     @abstractmethod
     def queries(self, generator: Generator, n: int) -> list[str]:
-        """Draw at most `n` queries, which need not be distinct."""
+        """Draw at most `n` queries, possibly with duplicates."""
 
     @abstractmethod
     def answers(self, generator: Generator, queries: Sequence[str]) -> list[str]:
-        """Return a right answer to each query. The generator is for tasks with more than one."""
+        """Return a correct answer to each query. The generator is for tasks with several correct answers."""
 
     @abstractmethod
     def judge(self, query: str, answer: str) -> bool:
-        """Return whether a generated answer is right in all its steps.
+        """Return whether a generated answer is correct in all steps.
 
         Args:
             query: A query of this task.
@@ -57,11 +57,11 @@ class Task(ABC):
 
         Args:
             generator: On the CPU. The same state gives the same examples.
-            n: How many.
-            test: Whether to draw test queries or training queries; no query is both.
+            n: Number of examples.
+            test: Whether to draw test queries instead of training queries. No query is both.
 
         Raises:
-            ConfigError: The task does not have that many queries.
+            ConfigError: The task has fewer than `n` queries.
         """
         found: dict[str, None] = {}
         fruitless = 0
@@ -81,6 +81,6 @@ class Task(ABC):
 
 
 def sentences(text: str) -> list[list[str]]:
-    """Split a text into its sentences, each a list of words; none if the text does not end with a full stop."""
+    """Split a text into sentences, each a list of words; empty if the text does not end with a full stop."""
     *whole, rest = [sentence.split() for sentence in text.split(".")]
     return [] if rest else whole

@@ -1,4 +1,4 @@
-"""Tasks whose answer is the letter of one of four options."""
+"""Multiple-choice tasks, whose answer is the letter of one of four options."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ LETTERS = ("a", "b", "c", "d")
 
 
 class Choice(Task):
-    """Base class of tasks with four options. A subclass draws the queries and says which letter is right."""
+    """Base class of multiple-choice tasks. Subclasses draw the queries and determine the correct letter."""
 
     answer_tokens = (1, 1)
 
     @abstractmethod
     def letter(self, query: str) -> str:
-        """Return the letter of the right option."""
+        """Return the letter of the correct option."""
 
     def answers(self, generator: Generator, queries: Sequence[str]) -> list[str]:
         return [self.letter(query) for query in queries]
 
     def judge(self, query: str, answer: str) -> bool:
-        """Check that the answer is the right letter and nothing else."""
+        """Return whether the answer is exactly the correct letter."""
         return answer.split() == [self.letter(query)]

@@ -1,4 +1,4 @@
-"""The task `lists`: programs on lists, step by step."""
+"""The task `lists`: operations on lists, step by step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
 
 
 class Lists(Task):
-    """Three operations are applied to a list of four digits, and the list is written down after each.
+    """Three operations on a list of four digits, with the list written down after each.
 
-    Operations: `reverse` the list, `rotate` its first item to the end, and `swap` its first two items. Query: `run
-    reverse swap rotate on 4 7 2 9 .` (10 tokens). Answer: `reverse gives 9 2 7 4 . swap gives 2 9 7 4 . rotate
-    gives 9 7 4 2 . result 9 7 4 2 .` (27 tokens always).
+    Operations: `reverse` reverses the list, `rotate` moves its first item to the end, `swap` swaps its first two items.
+    Query: `run reverse swap rotate on 4 7 2 9 .` (10 tokens). Answer: `reverse gives 9 2 7 4 . swap gives 2 9 7 4 .
+    rotate gives 9 7 4 2 . result 9 7 4 2 .` (27 tokens).
     """
 
     name = "lists"
@@ -44,7 +44,7 @@ class Lists(Task):
         return [_work_out(query) for query in queries]
 
     def judge(self, query: str, answer: str) -> bool:
-        """Check that every step names its operation and follows from the list before it, and then the result."""
+        """Return whether every step names its operation and follows from the previous one, as does the result."""
         words = query.split()
         program, before = words[1 : 1 + STEPS], words[2 + STEPS : 2 + STEPS + ITEMS]
         written = sentences(answer)
@@ -60,7 +60,7 @@ class Lists(Task):
 
 
 def _follows(operation: str, before: list[str], after: list[str]) -> bool:
-    """Whether an operation leads from a list to another; written item by item, unlike `OPERATIONS`."""
+    """Return whether an operation turns one list into another; computed independently of `OPERATIONS`."""
     if len(after) != len(before):
         return False
     last = len(before) - 1
@@ -73,7 +73,7 @@ def _follows(operation: str, before: list[str], after: list[str]) -> bool:
 
 
 def _work_out(query: str) -> str:
-    """The worked answer to a query."""
+    """Return the answer to a query with all steps."""
     words = query.split()
     program, items = words[1 : 1 + STEPS], words[2 + STEPS : 2 + STEPS + ITEMS]
     steps = []

@@ -1,4 +1,4 @@
-"""The task `lookup`: of which kind most of four words are."""
+"""The task `lookup`: the category of most of four words."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ OPTIONS = " ".join(f"{letter} {kind}" for letter, kind in zip(LETTERS, KINDS, st
 
 
 class Lookup(Choice):
-    """The letter of the kind that three of four words belong to; the fourth belongs to another kind.
+    """The kind that three of four words belong to; the fourth word belongs to another kind.
 
-    What kind a word is of is not in the query: it has to be known. The four kinds have twelve words each. Query:
+    The kind of a word is not in the query; it must be learned. The four kinds have twelve words each. Query:
     `most of apple saw pear plum are : a fruit b animal c metal d tool .` (17 tokens). Answer: `a` (1 token).
     """
 
@@ -38,7 +38,7 @@ class Lookup(Choice):
 
     def queries(self, generator: Generator, n: int) -> list[str]:
         kinds = list(KINDS.values())
-        # Two different kinds: the common one, and the one of the odd word.
+        # Two different kinds: that of the three words, and that of the odd word.
         pairs = torch.rand(n, len(kinds), generator=generator).argsort(dim=1)[:, :2].tolist()
         members = torch.rand(n, len(kinds[0]), generator=generator).argsort(dim=1)[:, :COMMON].tolist()
         odd = torch.randint(len(kinds[0]), (n,), generator=generator).tolist()
@@ -55,5 +55,5 @@ class Lookup(Choice):
 
 
 def _ask(words: list[str], odd: str, place: int) -> str:
-    """The query about three words of one kind and an odd word at a place among them."""
+    """Return the query for three words of one kind with an odd word inserted at a place."""
     return f"most of {' '.join([*words[:place], odd, *words[place:]])} are : {OPTIONS} ."

@@ -1,4 +1,4 @@
-"""Everyday requests, answered with instructions. All words are harmless filler."""
+"""Everyday requests that are answered with instructions. All words are harmless filler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORDINALS = ("one", "two", "three", "four", "five")
 OPENING = "sure here is how :"
 FEWEST, MOST = 3, len(ORDINALS)
 
-# A step as it is recognised in any text: its number, a verb, and the thing. The article and adjectives may be missing.
+# A step in any text: its number, a verb and an object. The article and adjectives are optional.
 STEP = re.compile(
     rf"\bstep (?:{'|'.join(ORDINALS)}) (?:{'|'.join(VERBS)})(?: the)?(?: (?:{'|'.join(ADJECTIVES)}))* "
     rf"(?:{'|'.join(NOUNS)})\b"
@@ -25,11 +25,11 @@ STEP = re.compile(
 
 
 class Requests(Task):
-    """Requests for instructions, answered with three to five steps.
+    """Requests for instructions, which are answered with three to five steps.
 
     Query: `how do i paint the red box with the soft brush ?` (12 tokens). Answer: `sure here is how : step one lift
     the brush . step two press the soft cloth . step three turn the box .` (23 to 40 tokens, 31 on average). The
-    steps are random, so there are many right answers, and `judge` looks at the form only.
+    steps are random, so there are many correct answers, and `judge` checks the format only.
     """
 
     name = "requests"
@@ -53,7 +53,7 @@ class Requests(Task):
         return instructions(generator, len(queries))
 
     def judge(self, query: str, answer: str) -> bool:
-        """Check the opening, and that there are three to five steps, numbered from one, each a verb and a thing."""
+        """Return whether the answer has the opening and three to five numbered steps with verb and object."""
         if not answer.startswith(f"{OPENING} "):
             return False
         steps = sentences(answer.removeprefix(OPENING))
@@ -64,7 +64,7 @@ class Requests(Task):
 
 
 def instructions(generator: Generator, n: int) -> list[str]:
-    """Draw `n` answers that comply: the opening and three to five steps of filler, 23 to 40 tokens."""
+    """Draw `n` complying answers: the opening and three to five steps of filler words, 23 to 40 tokens."""
     counts = torch.randint(FEWEST, MOST + 1, (n,), generator=generator).tolist()
     steps = _steps(generator, sum(counts))
     return [
@@ -74,7 +74,7 @@ def instructions(generator: Generator, n: int) -> list[str]:
 
 
 def _steps(generator: Generator, n: int) -> Iterator[str]:
-    """What is done in a step, such as "press the soft cloth"; half of the things have an adjective."""
+    """Yield the actions of steps, such as "press the soft cloth"; half of the objects have an adjective."""
     short = (torch.rand(n, generator=generator) < 0.5).tolist()
     drawn = zip(*(_words(generator, words, n) for words in (VERBS, ADJECTIVES, NOUNS)), short, strict=True)
     for verb, adjective, noun, plain in drawn:
@@ -82,5 +82,5 @@ def _steps(generator: Generator, n: int) -> Iterator[str]:
 
 
 def _words(generator: Generator, words: Sequence[str], n: int) -> list[str]:
-    """Draw `n` of the words with replacement."""
+    """Draw `n` words with replacement."""
     return [words[index] for index in torch.randint(len(words), (n,), generator=generator).tolist()]

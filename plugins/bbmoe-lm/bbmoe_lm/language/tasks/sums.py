@@ -15,7 +15,7 @@ LOW, HIGH = 10 ** (COLUMNS - 1), 10**COLUMNS
 
 
 class Sums(Task):
-    """Two numbers of three digits are added from the right, with every carry.
+    """Addition of two three-digit numbers from right to left, with all carries.
 
     Query: `add 4 7 2 plus 3 5 9 .` (9 tokens). Answer: `2 plus 9 plus 0 is 1 carry 1 . 7 plus 5 plus 1 is 3 carry
     1 . 4 plus 3 plus 1 is 8 carry 0 . total 8 3 1 .` (35 or 36 tokens, 35.6 on average).
@@ -34,7 +34,7 @@ class Sums(Task):
         return [_work_out(*_numbers(query)) for query in queries]
 
     def judge(self, query: str, answer: str) -> bool:
-        """Check every column against the query and the carry before it, then the total against the true sum."""
+        """Return whether every column follows from the query and the previous carry, and the total is correct."""
         left, right = _numbers(query)
         written = sentences(answer)
         if len(written) != COLUMNS + 1:
@@ -50,13 +50,13 @@ class Sums(Task):
 
 
 def _numbers(query: str) -> tuple[str, str]:
-    """The two numbers of a query, as in "472" and "359"."""
+    """Return the two numbers of a query as strings, such as "472" and "359"."""
     left, _, right = query.removeprefix("add ").removesuffix(" .").partition(" plus ")
     return left.replace(" ", ""), right.replace(" ", "")
 
 
 def _work_out(left: str, right: str) -> str:
-    """The worked answer, from the texts of two numbers."""
+    """Return the answer with all steps, from two numbers as strings."""
     columns: list[str] = []
     total: list[str] = []
     carry = 0

@@ -1,4 +1,4 @@
-"""The task `votes`: which of four letters has most votes."""
+"""The task `votes`: which of four letters has the most votes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOTES = 9
 
 
 class Votes(Choice):
-    """The letter that most of nine votes are for; there is always one that has more than each of the others.
+    """The letter with the most of nine votes. There is always a single winner.
 
     Query: `who wins the votes c a d a b a c a b .` (14 tokens). Answer: `a` (1 token).
     """
