@@ -32,7 +32,7 @@ def test_on_the_same_cpu_every_image_counts() -> None:
     run = run_with(ENVIRONMENT)
     check_same(run, measured(50.0), precision="fp32", environment=ENVIRONMENT)
     with pytest.raises(
-        RecordError, match=r"record says BA 50\.00% of 1000 images, but now it is 50\.10% of 1000"
+        RecordError, match=r"BA in its record is 50\.00% of 1000 images, but now it is 50\.10% of 1000"
     ):
         check_same(run, measured(50.1), precision="fp32", environment=ENVIRONMENT)
 
