@@ -58,15 +58,20 @@ def pmoe_from_keras(weights: Sequence[Any], *, image_size: int = 32, top_k: int 
         shape = tuple(slot.ours.shape)
         if array.shape != shape:
             raise ShapeError(f"weights[{index}], {slot.name}: expected shape {shape}, got {array.shape}")
-        slot.ours.copy_(torch.from_numpy(array.astype(np.float32)))
+        slot.ours.copy_(torch.from_numpy(array))
     return model
 
 
 def _as_array(index: int, weight: Any) -> np.ndarray:
-    array = np.asarray(weight)
-    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        raise ShapeError(f"weights[{index}]: expected an array of finite numbers, got {array.dtype}")
-    return array
+    try:
+        array = np.asarray(weight)
+    except ValueError as error:  # Nested lists of different lengths.
+        raise ShapeError(f"weights[{index}]: expected an array, got lists of different lengths") from error
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32) if array.dtype.kind in "fiu" else None
+    if values is None or not np.isfinite(values).all():
+        raise ShapeError(f"weights[{index}]: expected an array of finite float32 numbers, got {array.dtype}")
+    return values
 
 
 def _read_sizes(arrays: list[np.ndarray]) -> dict[str, int]:
