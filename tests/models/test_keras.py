@@ -132,6 +132,12 @@ def test_wrong_counts_and_values_are_refused():
         pmoe_from_keras(arrays[:-1])
     with pytest.raises(ShapeError, match=r"weights\[4\]"):
         pmoe_from_keras([*arrays[:4], np.full(16, np.nan), *arrays[5:]])
+    with pytest.raises(
+        ShapeError, match=r"weights\[4\]: expected an array of finite float32 numbers, got float64"
+    ):
+        pmoe_from_keras([*arrays[:4], np.full(16, 1e300), *arrays[5:]])
+    with pytest.raises(ShapeError, match=r"weights\[4\]: .* lists of different lengths"):
+        pmoe_from_keras([*arrays[:4], [[1.0], [1.0, 2.0]], *arrays[5:]])
     with pytest.raises(ShapeError, match=r"weights\[6\]"):
         pmoe_from_keras([*arrays[:6], np.zeros((3, 3, 16, 15)), *arrays[7:]])
     with pytest.raises(ShapeError, match=r"weights\[34\]"):
