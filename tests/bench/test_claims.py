@@ -101,6 +101,12 @@ def test_the_first_scale_with_all_cells_counts() -> None:
     assert judge(AGAINST, [half, half]).why == "not run"
 
 
+def test_a_scale_with_an_interval_counts_before_one_with_fewer_seeds() -> None:
+    enough, few = results(HIGH, LOW), results(HIGH[:2], LOW[:2])
+    assert judge(AGAINST, [few, enough]).word == "stands"
+    assert judge(AGAINST, [few, results(LOW)]).why == "fewer than 3 seeds"
+
+
 def test_a_claim_that_fits_no_cell_or_several_is_refused() -> None:
     for where, number in (({"trigger.name": "blend"}, 0), ({}, 4)):
         with pytest.raises(ConfigError, match=rf"expected one cell of part with .*, found {number}"):

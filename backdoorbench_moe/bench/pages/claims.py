@@ -37,7 +37,7 @@ class Claim:
         claim: The claim, in a sentence.
         source: The paper and its table.
         suite: Name of the suite that measures it.
-        scales: Scales of the suite; the first at which all cells of the claim have a finished run is used.
+        scales: Scales of the suite, the preferred one first; see `judge`.
         metric: Key of the metric.
         where: Values of keys that its cells share; see `bench.suites.suite.value_of`. They are compared in the format
             of tables.
@@ -158,24 +158,27 @@ def _read(suite: Suite, folders: Path) -> ResultSet:
 
 
 def judge(claim: Claim, results: Sequence[ResultSet]) -> Verdict:
-    """Judge a claim by the first of its scales whose results contain all of its cells.
+    """Judge a claim by the first of its scales at which all of its cells have an interval, that is, enough seeds.
 
-    If none contains all of them, the last one is used, and the claim is open.
+    If there is none, the first scale that contains all cells is used, or else the last one; the claim is then open.
 
     Args:
         claim: The claim.
         results: The results at each of its scales.
     """
-    for each in results:
-        cells = find_cells(claim, each.suite)
-        ours = tuple(each.statistic(cell, claim.metric) for cell in cells)
-        if None not in ours:
-            break
+    tried = [(each, *_measure(claim, each)) for each in results]
+    whole = [one for one in tried if None not in one[2]]
+    each, cells, ours = next((one for one in whole if _interval(one[2])), (*whole, tried[-1])[0])
     paper = tuple(_published(each, cell, claim.metric) for cell in cells)
     interval = _interval(ours)
     word = _word(claim, interval)
     why = _why(ours, interval) if word == "open" else ""
     return Verdict(claim, each.suite, ours, paper, interval, word, why)
+
+
+def _measure(claim: Claim, results: ResultSet) -> tuple[list[Cell], tuple[Statistic | None, ...]]:
+    cells = find_cells(claim, results.suite)
+    return cells, tuple(results.statistic(cell, claim.metric) for cell in cells)
 
 
 def find_cells(claim: Claim, suite: Suite) -> list[Cell]:
