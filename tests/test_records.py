@@ -405,9 +405,3 @@ def test_saving_takes_no_copy_in_memory(folder) -> None:
         [sys.executable, "-c", SAVING, str(folder.path)], capture_output=True, text=True, check=True
     )
     assert int(found.stdout) < 50 << 10
-
-
-def test_a_record_that_nests_without_end_is_damaged(tmp_path) -> None:
-    (tmp_path / "record.json").write_text("[" * 100_000)
-    with pytest.raises(RecordError, match=r"record\.json: damaged"):
-        RunFolder(tmp_path).read()

@@ -94,6 +94,8 @@ def load_document(file: Path) -> dict[str, Any]:
         raise RecordError(
             f"analysis {file}: expected an analysis of version {SCHEMA_VERSION}, found {version!r}"
         )
+    if not isinstance(document.get("run"), dict) or "record" not in document["run"]:
+        raise RecordError(f"analysis {file}: damaged: expected the record of a run")
     for added in ADDED:
         document.setdefault(added, None)
     for facts in filter(None, (document["run"], document.get("against"))):

@@ -135,7 +135,11 @@ def test_the_same_bytes_of_a_routed_model() -> None:
     assert draw_report(document) == draw_report(json.loads(to_text(document)))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "kind": "suite"}'])
+ANALYSIS = '{"schema_version": 1, "kind": "analysis"}'
+RUN = '{"schema_version": 1, "kind": "analysis", "run": {}}'
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "kind": "suite"}', ANALYSIS, RUN])
 def test_other_files_are_refused(tmp_path, text) -> None:
     (tmp_path / "analysis.json").write_text(text)
     with pytest.raises(RecordError, match=r"analysis .*analysis\.json: (damaged|expected an analysis)"):
