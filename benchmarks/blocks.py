@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +48,6 @@ def table1(root: Path) -> str:
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
 SQUARE = {"trigger.name": "square"}
-PMOE_BY_PATCH = {"model.name": "pmoe", "applicator.name": "patch"}
 PMOE_WITHOUT_NOISE = {"model.name": "pmoe", "poison.noise": None}
 NOISE = {"none": "no noise images", "10%": "10% noise images"}
 # Labels of tables in the pages of findings.
@@ -155,21 +155,15 @@ def knowing(root: Path) -> str:
     return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
 
 
-def defended_quick(root: Path) -> str:
-    """Draw the ASR after every defense of a pMoE on signs, by patch."""
-    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_BY_PATCH)
-    return whole_table(root, "standard-defenses/quick", layout)
-
-
-def defended_dense(root: Path) -> str:
-    """Draw the same for a dense model."""
-    where = {**PMOE_BY_PATCH, "model.name": "wide_resnet"}
+def defended_signs(root: Path, model: str, applicator: str) -> str:
+    """Draw the ASR on signs after every defense of a model."""
+    where = {"model.name": model, "applicator.name": applicator}
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=where)
     return whole_table(root, "standard-defenses/quick", layout)
 
 
 def defended_vmoe(root: Path) -> str:
-    """Draw the same for a V-MoE."""
+    """Draw the ASR on signs after every defense of a V-MoE, by patch."""
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where={"applicator.name": "patch"})
     return whole_table(root, "standard-vmoe/quick", layout)
 
@@ -303,8 +297,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "transformers": transformers,
     "fine-pruning": fine_pruning,
     "defended": defended,
-    "defended-quick": defended_quick,
-    "defended-dense": defended_dense,
+    "defended-pmoe-patch": partial(defended_signs, model="pmoe", applicator="patch"),
+    "defended-pmoe-image": partial(defended_signs, model="pmoe", applicator="image"),
+    "defended-dense-patch": partial(defended_signs, model="wide_resnet", applicator="patch"),
+    "defended-dense-image": partial(defended_signs, model="wide_resnet", applicator="image"),
     "defended-vmoe": defended_vmoe,
     "knowing": knowing,
     "tuned": tuned,
