@@ -38,6 +38,11 @@ class Renormalised(LinearRouter):
         )
 
 
+def images(count: int = 4) -> Tensor:
+    """Draw images, (count, 3, 32, 32); always the same."""
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
 def top(count: int, gate_std: float = 1.0):
     """A function that builds routers for at most `count` experts a token."""
 

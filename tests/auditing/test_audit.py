@@ -8,11 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixture_runs import mixture_spec
 from PIL import Image
 from planted_models import row_images
 from subjects import Constant, Rows, merged, small_pmoe
-from tiny import Tiny
 
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe.auditing import opening
@@ -20,13 +18,11 @@ from backdoorbench_moe.auditing.audit import Audit, cost_of, digest_of, run_audi
 from backdoorbench_moe.auditing.calibration import Calibration, Threshold, packaged
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
 from backdoorbench_moe.auditing.document import as_document
-from backdoorbench_moe.auditing.opening import spread, with_store
+from backdoorbench_moe.auditing.opening import with_store
 from backdoorbench_moe.auditing.place import check_place, place_in_run
-from backdoorbench_moe.auditing.store import Store
 from backdoorbench_moe.auditing.subject import make_subject
 from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NO_SIGN, NOT_TESTED, SIGNS
 from backdoorbench_moe.engine.opening.given_images import take_images
-from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
 
 
@@ -192,56 +188,6 @@ def test_a_threshold_is_applied_to_what_was_measured_before(tmp_path) -> None:
     assert audit(check, folder=tmp_path).verdict.level == NO_SIGN and check.runs == 1
 
 
-def test_arrays_are_kept_for_the_same_subject_only(tmp_path) -> None:
-    calls = []
-
-    def make():
-        calls.append(1)
-        return {"values": torch.arange(3.0)}
-
-    for digest, expected in (("a", 1), ("a", 1), ("b", 2)):
-        assert Store(tmp_path, digest).keep()("stamps", make)["values"].tolist() == [0, 1, 2]
-        assert len(calls) == expected
-    (tmp_path / "checks" / "stamps.npz").write_bytes(b"no zip")
-    Store(tmp_path, "b").keep()("stamps", make)
-    assert len(calls) == 3
-
-
-@pytest.mark.parametrize("offset", [6, 10])
-def test_damaged_arrays_are_computed_again(tmp_path, offset) -> None:
-    """Offsets in a member's entry of a zip file: the version of the format, and the compression method."""
-    file = tmp_path / "checks" / "stamps.npz"
-
-    def make():
-        return {"values": torch.arange(3.0)}
-
-    Store(tmp_path, "a").keep()("stamps", make)
-    content = bytearray(file.read_bytes())
-    content[content.index(b"PK\x01\x02") + offset] = 255
-    file.write_bytes(content)
-    assert Store(tmp_path, "a").keep()("stamps", make)["values"].tolist() == [0, 1, 2]
-
-
-def test_the_digest_covers_what_a_score_depends_on() -> None:
-    split = row_images(30)
-    given = {"images": split.images, "labels": split.labels}
-    model, other = Rows(), Rows()
-    with torch.no_grad():
-        other.layer.bias[0] += 1e-3
-    digests = {
-        digest_of(make_subject(model)),
-        digest_of(make_subject(other)),
-        digest_of(make_subject(model, **given)),
-        digest_of(make_subject(model, images=split.images)),
-        digest_of(make_subject(model, images=split.images.flip(0))),
-        digest_of(make_subject(model, **given, seed=1)),
-        digest_of(make_subject(model, **given, tasks=[split.images])),
-        digest_of(make_subject(model, **given, base=model.state_dict())),
-    }
-    assert len(digests) == 8
-    assert digest_of(make_subject(Rows(), **given)) == digest_of(make_subject(model, **given))
-
-
 def test_files_hold_what_was_found(tmp_path, uncalibrated) -> None:
     found = audit(
         Constant("one", 2.0),
@@ -339,61 +285,6 @@ def test_labels_of_a_run_are_refused_without_images(monkeypatch) -> None:
     for given in ({}, {"with_images": False}):
         with pytest.raises(ConfigError, match="labels: expected images with the labels, got none"):
             opening.open_run_subject("a run", labels=[0] * 30, **given)
-
-
-@pytest.mark.parametrize(
-    "classes", [range(6), (0, 7, 10**15)], ids=["all classes", "labels that no model has"]
-)
-def test_every_beginning_of_spread_images_has_all_classes(classes) -> None:
-    count = len(classes)
-    labels = torch.tensor([label for label in classes for _ in range(5)])
-    images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    found, own = spread(images, labels)
-    for begin in range(0, len(labels), count):
-        assert set(own[begin : begin + count].tolist()) == set(classes)
-    place = found[:, 0, 0, 0]
-    assert place.sort().values.tolist() == list(range(len(labels)))
-    assert torch.equal(labels[place], own)
-    assert torch.equal(spread(images, labels)[0], found)
-
-
-def test_without_labels_images_are_spread_in_a_random_order() -> None:
-    images = torch.arange(60).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    found, own = spread(images, None)
-    place = found[:, 0, 0, 0].tolist()
-    assert own is None and sorted(place) == list(range(60))
-    # Of images that were given class by class, ten of each of six classes, the first ones are of several.
-    assert len({number // 10 for number in place[:12]}) >= 3
-    assert torch.equal(spread(images, None)[0], found)
-
-
-def test_an_audit_looks_at_images_of_all_classes_first() -> None:
-    split = row_images(60)
-    order = split.labels.argsort(stable=True)
-    subject = opening.open_module_subject(Rows(), images=split.images[order], labels=split.labels[order])
-    assert subject.images is not None
-    rows = {str(image.tolist()): int(label) for image, label in zip(split.images, split.labels, strict=True)}
-    assert {rows[str(image.tolist())] for image in subject.images[:6]} == set(range(6))
-    with pytest.raises(ConfigError, match=r"labels: expected classes in 0\.\.5, .* got 0\.\.10{15}$"):
-        opening.open_module_subject(Rows(), images=split.images, labels=[0] * 59 + [10**15])
-
-
-def test_the_first_images_of_a_mixture_are_of_all_tasks(monkeypatch) -> None:
-    spec, images = mixture_spec(), Tiny().load()
-    monkeypatch.setattr(opening, "load_run_images", lambda *_: images)
-    run = SimpleNamespace(spec=spec, located_spec=lambda: spec)
-    split, tasks, names = opening._run_images(run, None)
-    tests = Tasks(spec, images).tests()
-    assert len(names) == len(tests) == len(tasks) == 2
-    known = [{image.numpy().tobytes() for image in test.images} for test in tests]
-    owners = [[image.numpy().tobytes() in of for of in known] for image in split.images]
-    assert all(map(any, owners))
-    first = owners[:8]
-    assert [sum(of) for of in zip(*first, strict=True)] != [8, 0] and all(
-        any(of) for of in zip(*first, strict=True)
-    )
-    classes = split.labels.unique()
-    assert set(split.labels[: len(classes)].tolist()) == set(classes.tolist())
 
 
 @pytest.mark.parametrize(
