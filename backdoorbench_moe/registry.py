@@ -189,9 +189,8 @@ class Registry(Generic[T]):
             return cast(Callable[..., T], part)(**taken, **checked)
         except (BbmoeError, OSError, MemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # Such as those of third-party parts, or of torch for sizes that are too large.
+        # Such as those of third-party parts, or of torch for sizes that are too large.
+        except Exception as error:
             raise self._not_built(name, error) from error
 
     def _not_built(self, name: str, error: Exception) -> BbmoeError:

@@ -144,10 +144,8 @@ def _follow(path: Path, root: Path) -> Path:
     """Resolve the links in a path. Raises DataError if the target is missing or outside `root`."""
     try:
         real, home = path.resolve(strict=True), root.resolve()
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # Older versions of Python raise RuntimeError for a link to itself.
+    # Older versions of Python raise RuntimeError for a link to itself.
+    except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: cannot be followed ({error})") from error
     if not real.is_relative_to(home):
         raise DataError(f"{path}: is a link to a target outside {root}, which is not followed")
