@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
 
+from backdoorbench_moe.ops.intervals import Z
 from backdoorbench_moe.ops.metrics import Proportion
 
 
@@ -38,6 +37,8 @@ def auroc(clean: np.ndarray, triggered: np.ndarray) -> Proportion:
     m, n = len(clean), len(triggered)
     if not m or not n:
         raise ValueError(f"auroc: expected scores of both groups, got {m} clean and {n} triggered")
+    from scipy.stats import rankdata  # 0.7 s, which a run without a detector does not need.
+
     ranks = rankdata(np.concatenate([triggered, clean]))
     area = float((ranks[:n].sum() - n * (n + 1) / 2) / (m * n))
     low, high = _interval(area, m, n)
@@ -46,7 +47,7 @@ def auroc(clean: np.ndarray, triggered: np.ndarray) -> Proportion:
 
 def _interval(area: float, m: int, n: int) -> tuple[float, float]:
     """Return the two areas in [0, 1] whose distance from `area` is 1.96 times their standard error."""
-    z = float(norm.ppf(0.975))
+    from scipy.optimize import brentq
 
     def error(at: float) -> float:
         size = (m + n) / 2 - 1
@@ -54,8 +55,8 @@ def _interval(area: float, m: int, n: int) -> tuple[float, float]:
 
     # 1.96 errors minus the distance is positive at the measured area, where the distance is 0, and negative at 0 or 1,
     # where the error is 0. Hence there is a root in between.
-    low = 0.0 if area == 0 else brentq(lambda at: z * error(at) - (area - at), 0, area - 1e-15)
-    high = 1.0 if area == 1 else brentq(lambda at: z * error(at) - (at - area), area + 1e-15, 1)
+    low = 0.0 if area == 0 else brentq(lambda at: Z * error(at) - (area - at), 0, area - 1e-15)
+    high = 1.0 if area == 1 else brentq(lambda at: Z * error(at) - (at - area), area + 1e-15, 1)
     return float(low), float(high)
 
 

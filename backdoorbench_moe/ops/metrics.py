@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from backdoorbench_moe.ops.intervals import wilson_interval
+
 # A model whose accuracy is known to be below both limits has learned next to nothing.
 CHANCE_FACTOR, CHANCE_SKILL = 2.0, 0.1
 
@@ -33,12 +35,9 @@ def proportion(hits: int, n: int) -> Proportion:
     Raises:
         ValueError: Unless 0 <= hits <= n and n > 0.
     """
-    from scipy.stats import binomtest  # 0.7 s, which commands that only read records do not need.
-
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"proportion: expected 0 <= hits <= n and n > 0, got {hits} of {n}")
-    interval = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return Proportion(100 * hits / n, n, 100 * float(interval.low), 100 * float(interval.high))
+    return Proportion(100 * hits / n, n, *wilson_interval(hits / n, n))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtr
 from torch import Tensor
 
 # Largest value that `studentised` returns. The normal distribution's tail beyond it is below the smallest float.
@@ -70,8 +70,8 @@ def studentised(values: Tensor) -> Tensor:
         distance.abs() <= noise, 0.0, distance / (spread * math.sqrt(1 + 1 / (count - 1)))
     )
     # The smaller tail is more accurate.
-    tails = t.sf(statistic.abs().numpy(), count - 2)
-    found = torch.from_numpy(norm.isf(tails)).clamp(max=MOST)
+    tails = stdtr(count - 2, -statistic.abs().numpy())
+    found = torch.from_numpy(-ndtri(tails)).clamp(max=MOST)
     return found * statistic.sign()
 
 

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from commands import SIGNS
 
 from backdoorbench_moe.collapse import MARK_LEGEND
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
@@ -291,6 +292,16 @@ def test_answers_that_need_no_torch_come_without_it(args, code) -> None:
     )
     assert result.returncode == code, result.stderr
     assert "heavy: []" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_attack_comes_without_what_only_detectors_and_analyses_need(tmp_path) -> None:
+    args = ["attack", *SIGNS, "--epochs", "1", "--no-twin", "--output", str(tmp_path)]
+    program = (
+        COLD.format(args=args) + '    print("scipy.stats" in sys.modules, "scipy.optimize" in sys.modules)\n'
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
 
 
 def test_help_comes_after_commands_were_imported(bbmoe) -> None:

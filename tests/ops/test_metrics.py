@@ -7,21 +7,19 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from backdoorbench_moe.ops.metrics import chance_rate, mean_std, near_chance, proportion
 
 
 @settings(deadline=None, max_examples=50)
 @given(n=st.integers(1, 50_000), share=st.floats(0, 1))
-def test_wilson_interval_from_its_formula(n: int, share: float) -> None:
-    hits, z = round(share * n), 1.959963984540054
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+def test_the_interval_is_scipys(n: int, share: float) -> None:
+    hits = round(share * n)
     found = proportion(hits, n)
-    assert (found.value, found.n) == (pytest.approx(100 * p), n)
-    assert found.low == pytest.approx(100 * max(centre - half, 0), abs=1e-9)
-    assert found.high == pytest.approx(100 * min(centre + half, 1), abs=1e-9)
+    assert (found.value, found.n) == (pytest.approx(100 * hits / n), n)
+    expected = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
+    assert (found.low / 100, found.high / 100) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_a_perfect_score_is_not_a_certain_one() -> None:
