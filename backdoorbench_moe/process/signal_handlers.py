@@ -33,7 +33,7 @@ def outside_of_imports(handler: Handler) -> Handler:
     def called(number: int, frame: FrameType | None) -> None:
         nonlocal first, waits
         first = time.monotonic() if first is None else first
-        if not _imports(frame) or time.monotonic() - first >= PATIENCE_SECONDS:
+        if not is_importing(frame) or time.monotonic() - first >= PATIENCE_SECONDS:
             first = None
             handler(number, frame)
         elif not waits:
@@ -53,7 +53,7 @@ def outside_of_imports(handler: Handler) -> Handler:
     return called
 
 
-def _imports(frame: FrameType | None) -> bool:
+def is_importing(frame: FrameType | None) -> bool:
     """Return whether this frame was called, directly or indirectly, by the import of a module."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

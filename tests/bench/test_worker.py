@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from suites import tiny_suite
+from suites import GRID, tiny_suite
 
 from backdoorbench_moe.bench.running import worker
 from backdoorbench_moe.bench.running.worker import Job, stop_working, work
@@ -19,6 +21,7 @@ from backdoorbench_moe.records import RunFolder
 def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "_runners", {})
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_LOOKS", 3600.0)
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
@@ -52,6 +55,24 @@ def test_a_signal_outside_of_a_run_stops_nothing(tmp_path) -> None:
     [spec, *_] = order(tiny_suite())
     stop_working()
     assert work(Job(spec.to_dict(), str(tmp_path))).status == "finished"
+
+
+@pytest.mark.parametrize("by", ["deadline", "engine"])
+def test_a_search_without_training_steps_ends_when_it_is_told_to(tmp_path, monkeypatch, by) -> None:
+    """Neural Cleanse calls no observer while it searches, which would take minutes here."""
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_LOOKS", 0.05)
+    long = {"name": "neural-cleanse", "epochs": 500, "patience": 500, "clean_fraction": 1.0}
+    suite = tiny_suite(grid={**GRID, "trigger": "square", "poison.rate": 0.25, "defenses": [[long]]})
+    *_, attack, defended = order(suite)
+    assert work(Job(attack.to_dict(), str(tmp_path))).status == "finished"
+    start = time.time()
+    late = {"deadline": start + 2.0} if by == "deadline" else {}
+    job = Job(defended.to_dict(), str(tmp_path), **late)
+    alive = (lambda: time.time() < start + 2.0) if by == "engine" else (lambda: True)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert work(job, alive).status == "interrupted"
+    assert job.folder.read().status == "interrupted"
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.parametrize("error", [RecordError("the disk is full"), OSError(28, "No space left on device")])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
@@ -15,10 +19,12 @@ from backdoorbench_moe.config import RunSpec, spec_from_dict
 from backdoorbench_moe.engine.progress.observer import Observer, StopRun
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.process.signal_handlers import is_importing
 from backdoorbench_moe.records import Record, RunFolder, write_atomically
 from backdoorbench_moe.records.status import is_held
 
 SECONDS_BETWEEN_SIGNS = 1.0
+SECONDS_BETWEEN_LOOKS = 1.0
 
 # The runner of this process, kept so that runs on the same data read the data once.
 _runners: dict[str, Runner] = {}
@@ -95,8 +101,9 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
     watch = _Watch(job.folder, job.deadline, alive)
     try:
         _working = True
-        runner = _runner(spec, job.output, watch)
-        runner.compare(runner.finish(spec, wait=True))
+        with _stopped_when(watch.is_over):
+            runner = _runner(spec, job.output, watch)
+            runner.compare(runner.finish(spec, wait=True))
     except StopRun:
         return Outcome(spec.name, "interrupted")
     except Exception as error:
@@ -122,6 +129,39 @@ def stop_working() -> None:
     if _working:
         _working = False
         raise StopRun
+
+
+@contextlib.contextmanager
+def _stopped_when(is_over: Callable[[], bool]) -> Iterator[None]:
+    """Look once a second, from another thread, whether the block is to be interrupted, and call `stop_working` then.
+
+    An observer can interrupt a run between training steps only, but a defense may search for minutes without any.
+    Outside of the main thread, where Python cannot handle signals, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            if is_over():
+                _thread.interrupt_main(signal.SIGUSR1)
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        # An exception during an import may be lost; the next look comes in a second.
+        if not (ended.is_set() or is_importing(frame)):
+            stop_working()
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        looking.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def memory_of(job: Job) -> tuple[int, int]:
@@ -204,9 +244,13 @@ class _Watch(Observer):
             with contextlib.suppress(OSError):
                 (self.folder.path / LIFE_SIGN).unlink()
 
-    def _stop_if_over(self, needed: float = 0.0) -> None:
+    def is_over(self, needed: float = 0.0) -> bool:
+        """Return whether the deadline is less than `needed` seconds away, or the run is no longer wanted."""
         over = self.deadline is not None and time.time() + needed > self.deadline
-        if over or not self.alive():
+        return over or not self.alive()
+
+    def _stop_if_over(self, needed: float = 0.0) -> None:
+        if self.is_over(needed):
             stop_working()  # From here on, signals do not interrupt the run again.
             raise StopRun
 
