@@ -117,6 +117,13 @@ def stamping(root: Path) -> str:
     return whole_table(root, "badpatches-table1/small", replace(BY_APPLICATOR, where={"poison.rate": 0.005}))
 
 
+def small_recipe(root: Path) -> str:
+    """Draw what each recipe reaches with 10,000 images and 10 epochs."""
+    keys = tuple(f"train.{key}" for key in ("optimizer", "lr", "momentum", "schedule"))
+    layout = Layout("", keys, METRIC_COLUMNS, ("ba", "asr", "cad"), no_trigger=False)
+    return whole_table(root, "small-recipe/small", layout)
+
+
 def gtsrb(root: Path) -> str:
     """Draw the ASR of the square on GTSRB."""
     layout = replace(BY_APPLICATOR, rows=("poison.rate",), where=SQUARE)
@@ -292,6 +299,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "texts-poisoned": texts_poisoned,
     "texts-tokens": texts_tokens,
     "stamping": stamping,
+    "small-recipe": small_recipe,
     "gtsrb": gtsrb,
     "dense": dense,
     "transformers": transformers,
