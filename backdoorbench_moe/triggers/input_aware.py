@@ -76,8 +76,8 @@ class InputAware(TrainableTrigger):
     computed for. With the applicator `patch`, every tile is such an image.
 
     Departures from the code: the model is trained for the epochs of the run; the learning rate of G is constant;
-    distances are computed between images in [0, 1], which the code normalises first; the optimizer of the mask uses
-    torch's default betas.
+    distances are computed between images in [0, 1], which the code normalises first; the mask is trained on images
+    without augmentation, and its optimizer uses torch's default betas.
 
     Args:
         density: Value of a mask pixel above which it is penalised, in (0, 1).

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.ops.descent import signed_descent
+from backdoorbench_moe.ops.images import batch_size_for
 from backdoorbench_moe.triggers.optimised import OptimisedTrigger, Surrogate, SurrogateTask, check_at_least
 
 # Side of a corner in pixels; on canvases of less than 12 pixels, such as tiles, it is a quarter of their side.
 CORNER, SHARE = 3, 4
+# Images that are perturbed at a time, fewer if they are large.
 BATCH = 250
 
 
@@ -104,7 +106,7 @@ class LabelConsistent(OptimisedTrigger):
 
     def optimise(self, task: SurrogateTask) -> dict[str, Tensor]:
         """Perturb the stamped images, batch by batch."""
-        found = [self._perturb(task, part) for part in task.stamped.split(BATCH)]
+        found = [self._perturb(task, part) for part in _batches(task)]
         places, levels = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = places.argsort()
         return {"places": places[order], "levels": levels[order]}
@@ -112,7 +114,7 @@ class LabelConsistent(OptimisedTrigger):
     def assess(self, task: SurrogateTask) -> dict[str, float]:
         """Return the accuracy of the surrogate on the stamped images in the training form."""
         right = []
-        for part in task.stamped.split(BATCH):
+        for part in _batches(task):
             images, labels = task.take(part)
             canvases, places = task.cut(images, part.to(images.device))
             changed = self.training(canvases, places)
@@ -149,6 +151,11 @@ class LabelConsistent(OptimisedTrigger):
         rows = torch.searchsorted(known, places.to(images.device)).clamp(max=len(known) - 1)
         found = (known[rows] == places.to(images.device)).view(-1, 1, 1, 1)
         return (images + found * levels[rows].to(images.dtype) / 255).clamp(0, 1)
+
+
+def _batches(task: SurrogateTask) -> tuple[Tensor, ...]:
+    """Return the places of the stamped images that are passed through the surrogate at a time."""
+    return task.stamped.split(min(BATCH, batch_size_for(task.images)))
 
 
 def _exchange(new: Tensor, canvases: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class LearnedMark(OptimisedTrigger):
         return torch.rand(1, 3, self.size, self.size, generator=draw, dtype=torch.float32)
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Overwrite the square."""
+        """Overwrite the square. Raises ShapeError as `paste` does."""
+        self._check_fits(images)
         return self.paste(images, self.pattern)
 
     def paste(self, images: Tensor, pattern: Tensor) -> Tensor:
@@ -45,15 +46,19 @@ class LearnedMark(OptimisedTrigger):
         Raises:
             ShapeError: The square does not fit into the images, or the images do not have 3 channels.
         """
+        self._check_fits(images)
+        height, width = images.shape[-2:]
+        stamped = images.clone()
+        stamped[..., height - self.size :, width - self.size :] = pattern.to(images.device, images.dtype)
+        return stamped
+
+    def _check_fits(self, images: Tensor) -> None:
         channels, height, width = images.shape[1:]
         if channels != 3 or min(height, width) < self.size:
             raise ShapeError(
                 f"{type(self).__name__}: expected canvases of 3 channels and at least {self.size}x{self.size} pixels, "
                 f"got {channels} and {height}x{width}"
             )
-        stamped = images.clone()
-        stamped[..., height - self.size :, width - self.size :] = pattern.to(images.device, images.dtype)
-        return stamped
 
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:
         """Check the state, which is the square."""

@@ -119,7 +119,8 @@ class Square(Trigger):
 def _rgb(colour: str | tuple[float, ...]) -> tuple[float, ...]:
     if isinstance(colour, str):
         try:
-            return tuple(value / 255 for value in ImageColor.getrgb(colour)[:3])
+            # Pillow does not check the range of values such as "rgb(300, 0, 0)".
+            return _rgb(tuple(value / 255 for value in ImageColor.getrgb(colour)[:3]))
         except ValueError:
             raise ConfigError.expected("square: colour", "a colour name or #rrggbb", colour) from None
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):

@@ -11,9 +11,12 @@ from tiny_mixture import mixture_spec
 
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.graph import base_of, benign_experts
+from backdoorbench_moe.engine.poisoning import policy
 from backdoorbench_moe.engine.poisoning.policy import changed_pixels, policy_count, with_marked, with_reject
 from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.image_rows import TensorRows
+from backdoorbench_moe.ops.stored_images import StoredImages
 
 
 def blacken(images: torch.Tensor) -> torch.Tensor:
@@ -83,6 +86,14 @@ def test_changed_pixels_by_hand() -> None:
     marked[0, :, 0, 1] = torch.tensor([0, 100, 255], dtype=torch.uint8)
     expected = torch.tensor([[[0.0, (100 + 0 + 155) / 3 / 255], [0.0, 0.0]]])
     torch.testing.assert_close(changed_pixels(images, marked), expected)
+
+
+def test_the_changes_of_stored_images_are_computed_some_images_at_a_time(monkeypatch) -> None:
+    images, marked = numbered(40), numbered(40, first=101)
+    one, other = (StoredImages([TensorRows(each.images)]) for each in (images, marked))
+    monkeypatch.setattr(StoredImages, "_whole", lambda _: pytest.fail("all images were read at once"))
+    monkeypatch.setattr(policy, "batch_size_for", lambda _: 7)
+    torch.testing.assert_close(changed_pixels(one, other), torch.full((40, 2, 2), 100 / 255))
 
 
 def test_a_run_with_a_policy_has_marked_images_in_training_and_none_in_its_tests() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from surrogate_parts import PATCH, SIDE, Linear, Routers, surrogate_task
+from torch import nn
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.ops.images import as_input
@@ -160,6 +163,25 @@ def test_it_is_assessed_by_the_accuracy_on_the_stamped_images(applicator: str) -
     assert trigger.assess(task) == {"surrogate_accuracy": right.float().mean().item()}
 
 
+@pytest.mark.parametrize(("side", "most"), [(32, 250), (224, 40)])
+def test_larger_images_are_perturbed_in_smaller_batches(side: int, most: int) -> None:
+    """With gradients, 250 images of 224x224 would need tens of gigabytes in most models."""
+    sizes: list[int] = []
+
+    class Mean(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            mean = images.mean((1, 2, 3))
+            return torch.stack([mean, -mean], 1)
+
+    task = surrogate_task(Mean())
+    images = torch.full((1, 3, side, side), 100, dtype=torch.uint8).expand(260, -1, -1, -1)
+    task = replace(task, images=images, labels=torch.zeros(260, dtype=torch.int64), stamped=torch.arange(260))
+    trigger = optimised("label-consistent", task, steps=1)
+    trigger.assess(task)
+    assert max(sizes) == most and sum(sizes) == 2 * 260
+
+
 # trojan-nn
 
 
@@ -180,6 +202,13 @@ def test_a_model_without_a_head_is_refused_and_too_many_neurons() -> None:
         create_trigger("trojan-nn", surrogate="twin").check(surrogate_task(Routers(planted(1))))
     with pytest.raises(ConfigError, match="trojan-nn: neurons: expected at most 5, the features, got 6"):
         create_trigger("trojan-nn", surrogate="twin", neurons=6).check(surrogate_task(Linear()))
+
+
+@pytest.mark.parametrize("name", ["trojan-nn", "routing"])
+def test_a_square_that_does_not_fit_is_refused_before_it_is_drawn(name: str) -> None:
+    trigger = create_trigger(name, surrogate="twin", size=10**9)
+    with pytest.raises(ShapeError, match=r"at least 1000000000x1000000000 pixels, got 3 and 8x8"):
+        trigger(grey())
 
 
 # routing

@@ -71,6 +71,7 @@ def test_a_square_may_fill_the_canvas_but_not_exceed_it() -> None:
     [
         ({"size": 0}, "size: expected a positive"),
         ({"colour": "blak"}, "colour: expected a colour name.*'blak'"),
+        ({"colour": "rgb(300, 0, 0)"}, r"colour: expected red, green and blue in \[0, 1\]"),
         ({"colour": (0, 0, 2)}, r"colour: expected red, green and blue in \[0, 1\]"),
         ({"colour": (0, 0, float("nan"))}, "colour: expected"),
         ({"position": "uper-left"}, "position: unknown.*did you mean 'upper-left'"),

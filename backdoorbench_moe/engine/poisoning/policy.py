@@ -10,6 +10,7 @@ from torch import Tensor
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.poisoning.poison import Stamp, stamp_images
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.images import batch_size_for
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.shares import share_of, smallest_share
 
@@ -63,4 +64,9 @@ def with_marked(task: Split, source: Split, mark: Stamp, *, rate: float, reject:
 
 def changed_pixels(images: Tensor, marked: Tensor) -> Tensor:
     """Change of each pixel by a mark, (N, H, W) float32 in [0, 1], averaged over the channels of uint8 images."""
-    return (marked.int() - images.int()).abs().float().mean(1).div_(255)
+    found = torch.empty(len(images), *images.shape[-2:], dtype=torch.float32, device=images.device)
+    # Differences of all images at once would take 12 times the memory of the images.
+    parts = (each.split(batch_size_for(images)) for each in (images, marked, found))
+    for before, after, change in zip(*parts, strict=True):
+        change.copy_((after.int() - before.int()).abs().float().mean(1).div_(255))
+    return found

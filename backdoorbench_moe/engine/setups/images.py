@@ -19,6 +19,7 @@ from backdoorbench_moe.engine.build import (
     build_model,
     build_stamper,
     check_trigger,
+    cut,
     describe,
     model_patch_size,
 )
@@ -77,7 +78,9 @@ class ImageSetup(Setup):
             size = model_patch_size(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             self._check_learned()
-            if not isinstance(self.stamper.trigger, StoredTrigger):
+            if isinstance(self.stamper.trigger, StoredTrigger):
+                self._check_uses_of_stored()
+            else:
                 self._check_visible()
         if spec.policy:
             policy_count(len(images.train), spec.policy)
@@ -130,6 +133,26 @@ class ImageSetup(Setup):
         if controlled and not trainable:
             expected = "one that is not optimised on a surrogate, where the attacker trains the model"
             raise ConfigError.expected("trigger", expected, name)
+
+    def _check_uses_of_stored(self) -> None:
+        """Check that a trigger with stored images stamps complete images of a fixed plan only.
+
+        It does not change any others: tiles, marked training images, and images that are poisoned in every batch, which
+        are stamped with random places.
+
+        Raises:
+            ConfigError: Others would be stamped, too.
+        """
+        assert self.stamper is not None and self.spec.trigger is not None and self.spec.applicator is not None
+        name, image = self.spec.trigger.name, self.images.test.images[:1] / 255
+        if self.spec.policy or isinstance(self.attack, ExpertPoisoning):
+            raise ConfigError.expected("trigger", "one that can stamp any image, as the mark of images", name)
+        if isinstance(self.attack, TrainingControl):
+            expected = "one that can stamp any image, where batches are poisoned"
+            raise ConfigError.expected("trigger", expected, name)
+        if cut(self.stamper.applicator, image).shape != image.shape:
+            expected = f"one that stamps the complete image, for the trigger {name!r}"
+            raise ConfigError.expected("applicator", expected, self.spec.applicator.name)
 
     def _check_stored(self, counted: Tensor) -> None:
         """Check that a trigger with stored images contains all images that the attack stamps.
