@@ -64,6 +64,7 @@ class ANP(MaskPruning):
 
     tiny: ClassVar[Mapping[str, object]] = {"steps": 2, "batch_size": 12}
     reason = "an adversarial change of scale and shift does most harm there"
+    strength = "eps"
 
     def __init__(
         self,

@@ -31,7 +31,8 @@ class FST(Defense):
     `router-reset` with the scope "all".
 
     Departures: epochs, learning rate, optimizer, schedule and augmentation are those of `fine-tuning`, so that the two
-    can be compared. The source uses SGD, 10 epochs and a constant learning rate of 0.01. Resetting the router is ours.
+    can be compared. The source's code uses SGD, 10 epochs, and a learning rate that falls from 0.01 by a cosine.
+    Resetting the router is ours.
 
     Args:
         reset: What is re-initialised: the "head", as in the source; the "router"; or "head+router".
@@ -113,5 +114,5 @@ class Shift:
     def keep_norms(self) -> None:
         """Scale each matrix to the norm of its original, in place. A matrix of zeros is not changed."""
         for matrix, original in zip(self.matrices, self.originals, strict=True):
-            norm = matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
-            matrix.mul_(original.norm() / norm)
+            norm = matrix.norm()
+            matrix.mul_(torch.where(norm > 0, original.norm() / norm, 1.0))

@@ -47,8 +47,8 @@ class IBAU(Defense):
 
     Departures: the number of inner steps is an option; the source passes once over its 5,000 images in batches of 100.
     The map of the implicit gradient is that of the outer batch; the authors' code uses that of the first batch for all.
-    In their code, the inner loss is computed for the model's own predictions; here, as in the paper, for the true
-    labels. The auxiliary losses of routed layers are omitted.
+    In their code, the scaling into the ball is commented out, and the inner loss is computed for the model's own
+    predictions; here, as in the paper, for the true labels. The auxiliary losses of routed layers are omitted.
 
     Args:
         applicator: "image", or "patch" for a tile that is repeated.

@@ -40,7 +40,8 @@ class MaskPruning(Defense):
     experts and their gates. A pruned channel has a scale of zero and keeps its shift, a pruned expert is muted, and a
     pruned gate is a row of zeros in the router. Every routed layer keeps at least the expert with the highest mask.
 
-    Subclasses implement `learn_masks`, and set `reason`, the meaning of a low mask.
+    Subclasses implement `learn_masks`. They set `reason`, the meaning of a low mask, and `strength`, the name of the
+    option that is too large if the masks are not finite.
 
     Args:
         threshold: Units with a mask of at most this value are pruned, in [0, 1). Below 0.001, no expert is pruned,
@@ -56,6 +57,7 @@ class MaskPruning(Defense):
     """
 
     reason: str
+    strength: str
 
     def __init__(
         self, *, threshold: float, accuracy_drop: float | None, experts: bool | None, clean_fraction: float
@@ -101,10 +103,17 @@ class MaskPruning(Defense):
         """
 
     def defend(self, task: DefenseTask) -> DefenseResult:
-        """Learn the masks, and prune."""
+        """Learn the masks, and prune.
+
+        Raises:
+            ConfigError: The masks are not finite.
+        """
         units = self._units(task.model)
         learned, details = self.learn_masks(task, units)
         masks = [(each, mask.detach().float().cpu()) for each, mask in zip(units, learned, strict=True)]
+        if not all(mask.isfinite().all() for _, mask in masks):
+            value = getattr(self, self.strength)
+            raise ConfigError(f"{self.strength}: the masks are not finite with {value}; lower it")
         threshold: float | None = self.threshold
         found: dict[str, Any] = dict(details)
         if self.accuracy_drop is not None:

@@ -29,6 +29,7 @@ from backdoorbench_moe.defenses.stamps import (
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.capture import choice_of
 from backdoorbench_moe.moe.routed import RoutedModel, Routing
+from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.ops.outliers import anomaly_indices
 from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
 from backdoorbench_moe.ops.seeding import generator, seeded
@@ -79,8 +80,8 @@ class NeuralCleanse(Defense):
 
     Departures: the paper unlearns in one epoch, on 10% of the training images, of which 20% are stamped, and unlearns
     flagged classes only. The success threshold of the search is 0.99 in the paper's code; here it is 0.98, as in
-    BackdoorBench. See `defenses.inversion.invert` for further differences in the search. The search toward experts is
-    ours.
+    BackdoorBench. The example of the paper's code has at most 1000 epochs of 1000 images. See
+    `defenses.inversion.invert` for further differences in the search. The search toward experts is ours.
 
     Args:
         toward: "classes", as in the paper, or "experts".
@@ -320,14 +321,8 @@ def choose(unlearn: Unlearn, flagged: list[int], indices: Sequence[float]) -> li
 def route_noise(model: nn.Module, image_size: int) -> list[Routing]:
     """Return how a model routes a few images of noise, in evaluation mode; the model is not changed."""
     assert isinstance(model, RoutedModel)
-    noise = torch.rand(NOISE_IMAGES, 3, image_size, image_size, generator=generator(0, "noise"))
-    training = model.training
-    model.eval()
-    try:
-        with seeded(0, "routed noise"):
-            return model.forward_routed(noise.to(next(model.parameters()).device)).routing
-    finally:
-        model.train(training)
+    with noise_for(model, image_size, NOISE_IMAGES) as noise, seeded(0, "routed noise"):
+        return model.forward_routed(noise).routing
 
 
 def stamp_one(values: Tensor, side: int | None, images: Tensor, *, one_tile: bool = False) -> Tensor:

@@ -43,8 +43,9 @@ class RNP(MaskPruning):
     The threshold is fixed, or determined by the clean accuracy (`accuracy_drop`). The original tries several thresholds
     and reports the attack success rate on test images for each, which a defender cannot measure.
 
-    Departures: gradients are clipped after they are computed; the original code clips those of the previous step. If
-    the accuracy does not fall to `unlearn_to` within `epochs` epochs, the copy is used as it is; the detail
+    Departures: gradients are clipped after they are computed; the original code clips those of the previous step. The
+    learning rate of unlearning is constant; the original code lowers it to a tenth after 10 epochs, and again after 20.
+    If the accuracy does not fall to `unlearn_to` within `epochs` epochs, the copy is used as it is; the detail
     "unlearned_to" of the judgement is the accuracy that was reached, in percent. Images are not augmented. Masks of
     layer norms, group norms, experts and gates are our extension.
 
@@ -72,6 +73,7 @@ class RNP(MaskPruning):
 
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1, "batch_size": 12}
     reason = "the clean task, once unlearned, is recovered without them"
+    strength = "unlearn_lr"
 
     def __init__(
         self,

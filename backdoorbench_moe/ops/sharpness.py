@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Smallest norm that shifts are divided by: the squares of smaller gradients underflow, and their shifts would overflow.
+LEAST_NORM = 1e-12
+
 
 @torch.no_grad()
 def steepest_shift(
@@ -25,7 +28,8 @@ def steepest_shift(
         adaptive: Whether the ball is the adaptive one.
 
     Returns:
-        The shift of every tensor. All shifts are 0 if the gradient is 0.
+        The shift of every tensor. If |g|, or |w g|, is below 1e-12, it counts as 1e-12, so that the shifts are small,
+        and 0 if the gradient is 0.
 
     Source:
         Foret et al., "Sharpness-Aware Minimization", ICLR 2021, eq. 2; Kwon et al., "ASAM", ICML 2021, eq. 10, without
@@ -35,5 +39,5 @@ def steepest_shift(
     scales = [weight.abs() if adaptive else torch.ones_like(weight) for weight in weights]
     scaled = [scale * gradient for scale, gradient in zip(scales, known, strict=True)]
     norm = torch.stack([each.square().sum() for each in scaled]).sum().sqrt()
-    factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    factor = rho / norm.clamp(min=LEAST_NORM)
     return [scale * each * factor for scale, each in zip(scales, scaled, strict=True)]

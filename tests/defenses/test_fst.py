@@ -29,8 +29,9 @@ def test_norms_and_likeness_by_hand() -> None:
     assert shift.likeness().item() == pytest.approx(15)
 
 
-def test_a_matrix_of_zeros_stays_finite() -> None:
-    shift = Shift([nn.Parameter(torch.zeros(2, 2))], [torch.ones(2, 2)])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_matrix_of_zeros_stays_zero_however_long_the_original_is(size) -> None:
+    shift = Shift([nn.Parameter(torch.zeros(2, 2))], [torch.full((2, 2), size)])
     shift.keep_norms()
     assert torch.equal(shift.matrices[0].detach(), torch.zeros(2, 2))
 

@@ -256,6 +256,21 @@ def test_values_out_of_range_are_refused(name, options, message) -> None:
         create_defense(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("anp", {"eps": 1e38, "steps": 2}, r"eps: the masks are not finite with 1e\+38; lower it"),
+        ("rnp", {"unlearn_lr": 1e30}, r"unlearn_lr: the masks are not finite with 1e\+30; lower it"),
+    ],
+)
+def test_masks_that_are_not_finite_are_refused(name, options, message) -> None:
+    task = planted_task()
+    before = copies(task.model)
+    with pytest.raises(ConfigError, match=message):
+        create_defense(name, **options)(task)
+    assert not changed(before, copies(task.model))
+
+
 def test_models_without_norms_or_experts_are_refused() -> None:
     for name in ("anp", "rnp"):
         with pytest.raises(ConfigError, match="model: Linear has no norm with a scale for each channel"):

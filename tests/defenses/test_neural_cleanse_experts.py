@@ -215,11 +215,15 @@ def test_where_nothing_can_be_captured_is_refused(model, options, message) -> No
 
 
 def test_the_check_leaves_the_model_and_the_generator_as_they_were() -> None:
+    """The mode of every module, too: one that rests in evaluation mode is not put in training mode."""
     model = build_mixture(gate="sample-top1").train()
+    resting = model.layers()[0]
+    resting.eval()
     before, state = copies(model), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
     create_defense("neural-cleanse", toward="experts").check_images(model, 32)
     assert not changed(before, copies(model)) and torch.equal(torch.get_rng_state(), state)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes and not resting.training
 
 
 def test_how_often_an_expert_of_four_is_an_outlier_by_chance() -> None:

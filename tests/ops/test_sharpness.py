@@ -31,11 +31,19 @@ def test_the_adaptive_shift_by_hand_over_two_tensors() -> None:
     assert [shift.shape for shift in shifts] == [(1,), (1, 1)]
 
 
-def test_without_a_gradient_nothing_is_shifted() -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("rho", [2.0, 8.0])
+def test_without_a_gradient_nothing_is_shifted(rho, adaptive) -> None:
     weights = [torch.ones(2), torch.ones(3)]
-    for adaptive in (False, True):
-        shifts = steepest_shift(weights, [torch.zeros(2), None], rho=2.0, adaptive=adaptive)
-        assert all(torch.equal(shift, torch.zeros_like(shift)) for shift in shifts)
+    shifts = steepest_shift(weights, [torch.zeros(2), None], rho=rho, adaptive=adaptive)
+    assert all(torch.equal(shift, torch.zeros_like(shift)) for shift in shifts)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-18, 1e-23, 1e-38])
+def test_a_tiny_gradient_shifts_by_no_more_than_rho(size) -> None:
+    """The squares of gradients below about 1e-19 are smaller than every normal number."""
+    [shift] = steepest_shift([torch.ones(4)], [torch.full((4,), size)], rho=2.0, adaptive=False)
+    assert 0 <= shift.norm() <= 2.0001
 
 
 VALUES = st.lists(st.floats(0.1, 10), min_size=3, max_size=3)
