@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import combinations
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class ClassCheck(Check):
         values = self.values(subject, places)
         indices = -anomaly_indices(list(values.values()))
         label = list(values)[int(indices.argmax())]
-        middle = float(torch.tensor(list(values.values())).median())
+        middle = median(values.values())
         reason = (
             f"{subject.class_name(label)}: {self.finding} "
             f"({values[label]:.3g}; the median of all classes is {middle:.3g})"
