@@ -44,8 +44,16 @@ WRONG = [
     ("expert", {"suspicious": "moe/0"}, "judgement about expert: suspicious: expected a list of names"),
     ("expert", {"suspicious": [0]}, "judgement about expert: suspicious: expected a list of names"),
     ("expert", {"suspicious": 3}, "judgement about expert: suspicious: expected a list of names, got 3"),
-    ("expert", {"suspicious": None}, "judgement about expert: suspicious: expected a list of names, got None"),
-    ("expert", {"suspicious": torch.tensor(3)}, "judgement about expert: suspicious: expected a list of names"),
+    (
+        "expert",
+        {"suspicious": None},
+        "judgement about expert: suspicious: expected a list of names, got None",
+    ),
+    (
+        "expert",
+        {"suspicious": torch.tensor(3)},
+        "judgement about expert: suspicious: expected a list of names",
+    ),
     ("sample", {"suspicious": torch.tensor(3)}, "judgement about sample: suspicious: expected a tensor"),
     ("sample", {"suspicious": None}, "judgement about sample: suspicious: expected a tensor"),
     ("input", {"suspicious": None}, "judgement about input: suspicious: expected none"),

@@ -174,9 +174,10 @@ class Universal(Check):
         z = studentised(margins.cpu())
         label = int(z.argmax())
         surprise = surprise_of(float(norm.sf(z[label])), classes)
+        middle = median(margins.tolist())
         reason = (
             f"{subject.class_name(label)}: a perturbation of at most {STRENGTH:.0%} {self.where} makes it win by "
-            f"{margins[label]:.3g} in images of other classes; the median of all classes is {median(margins.tolist()):.3g}"
+            f"{margins[label]:.3g} in images of other classes; the median of all classes is {middle:.3g}"
         )
         details = {
             "class": label,
