@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import combinations
@@ -174,6 +175,10 @@ class TaskLatents(Check):
             pairs = {
                 (a, b): float(directions[a] @ directions[b]) for a, b in combinations(range(len(latents)), 2)
             }
+            if not all(map(math.isfinite, pairs.values())):
+                raise NotTested(
+                    f"the inputs of the gates of {layer.removeprefix(NETWORK)} are not finite numbers"
+                )
             cosines[layer.removeprefix(NETWORK)] = {f"{a}-{b}": value for (a, b), value in pairs.items()}
             indices = -anomaly_indices(list(pairs.values()))
             if indices.max() > most:
@@ -181,8 +186,6 @@ class TaskLatents(Check):
                     float(indices.max()),
                     (layer.removeprefix(NETWORK), *list(pairs)[int(indices.argmax())]),
                 )
-        if most < 0:
-            raise NotTested("the inputs of the gates are no finite numbers")
         layer, first, second = best
         pair = " and ".join(map(subject.task_name, (first, second)))
         reason = (
