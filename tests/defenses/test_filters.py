@@ -144,6 +144,22 @@ def test_the_first_number_of_norms_is_the_smallest_that_breaks_the_clean_task() 
     assert defense._choose(replace(task, logits=right), norms, task.clean) == [6, 7]
 
 
+def test_norms_that_are_not_called_do_not_count() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.called(images).mean((2, 3))
+
+    task, _ = make_task(Unused().eval())
+    options = {"reserve": 3, "threshold": 0.9}
+    assert create_defense("ibd-psc", models=1, **options)(task).filter.details["norms"] == [1]
+    with pytest.raises(ConfigError, match=r"models: expected at most .* Unused has 1, got 2"):
+        create_defense("ibd-psc", models=2, **options)(task)
+
+
 def test_scaled_norms_are_restored_bit_for_bit() -> None:
     model = used_model()
     before = copies(model)
