@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from backdoorbench_moe.auditing.calibration import Calibration, packaged
 from backdoorbench_moe.auditing.check import Check, NotTested, lacks
 from backdoorbench_moe.auditing.checks import CHECKS
@@ -163,8 +165,10 @@ def facts_of(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
 
 def digest_of(subject: Subject) -> str:
     """Return the digest of everything that a score depends on."""
+    state = subject.model.state_dict()
     tensors = {
-        **{f"model/{name}": each for name, each in subject.model.state_dict().items()},
+        # The extra state of a module may be any object.
+        **{f"model/{name}": each for name, each in state.items() if isinstance(each, Tensor)},
         "images": subject.images,
         "labels": subject.known_labels,
         **{f"tasks/{n}": each for n, each in enumerate(subject.tasks)},

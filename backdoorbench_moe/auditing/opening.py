@@ -195,16 +195,25 @@ def with_store(subject: Subject, folder: Path | None, digest: str | None = None)
 
 
 def base_state(base: Any) -> Mapping[str, Tensor]:
-    """Return the state dict of a base: a run, its folder, a module, or a state dict."""
-    if isinstance(base, nn.Module):
-        return base.state_dict()
-    if isinstance(base, Mapping):
-        return base
+    """Return the tensors of a base: a run, its folder, a module, or a state dict.
+
+    Raises:
+        ConfigError: It is something else, such as a checkpoint with a state dict in it.
+    """
     if isinstance(base, Run | str | os.PathLike):
         with naming("base"):
             run = base if isinstance(base, Run) else load_run(expand(base))
             return run.model().state_dict()
-    raise ConfigError.expected("base", "a run, its folder, a module or a state dict", type(base).__name__)
+    if isinstance(base, nn.Module):
+        base = base.state_dict()
+    if not isinstance(base, Mapping):
+        raise ConfigError.expected("base", "a run, its folder, a module or a state dict", type(base).__name__)
+    tensors = {str(name): each for name, each in base.items() if isinstance(each, Tensor)}
+    if base and not tensors:
+        raise ConfigError.expected(
+            "base", "a state dict, which maps names to tensors", f"a mapping with the keys {list(base)}"
+        )
+    return tensors
 
 
 def _run_images(run: Run, data_root: str | None) -> tuple[Split, list[Tensor], list[str]]:

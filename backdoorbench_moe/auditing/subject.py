@@ -70,7 +70,12 @@ class Subject:
         """Side of the images in pixels: that of the given images, the given size, or that covered by the patches."""
         if self.images is not None:
             return self.images.shape[-1]
-        if self.given_size is None and isinstance(self.model, RoutedModel):
+        # A language model is routed, too, but has no patches.
+        if (
+            self.given_size is None
+            and isinstance(self.model, RoutedModel)
+            and hasattr(self.model, "patch_grid")
+        ):
             rows, columns = self.model.patch_grid
             return rows * self.model.patch_size if rows == columns else None
         return self.given_size

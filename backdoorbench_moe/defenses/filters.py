@@ -72,8 +72,20 @@ class InputFilter(Defense):
                 for `fpr`.
         """
         count = super().count(images, num_classes)
+        self._check_held(count, f"clean_fraction: {self.clean_fraction} of {images} images is {count}")
+        return count
+
+    def _check_held(self, count: int, held: str) -> None:
+        """Check that the defender holds enough images.
+
+        Args:
+            count: Number of images that the defender holds.
+            held: The beginning of the message, which states this number.
+
+        Raises:
+            ConfigError: They are fewer than are reserved, or the others are too few to set a threshold for `fpr`.
+        """
         left = count - self.reserved
-        held = f"clean_fraction: {self.clean_fraction} of {images} images is {count}"
         if self.threshold is not None and left < 0:
             raise ConfigError(f"{held}; expected at least {self.reserved}, which {self.purpose}")
         if self.threshold is None and not threshold_rank(self.fpr, left):
@@ -81,7 +93,6 @@ class InputFilter(Defense):
             raise ConfigError(
                 f"{held}{others if self.reserved else ', which'} are too few to set a threshold for fpr={self.fpr}"
             )
-        return count
 
     def calibrated(self, held: int) -> int:
         """Return how many of the images that the defender holds are used to set the threshold; 0 if it is fixed."""
@@ -90,6 +101,10 @@ class InputFilter(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Prepare the score with the reserved images, and set the threshold with others."""
         clean = task.clean
+        # For a mixture, they are equally many of each task, which may be fewer than `count` returned.
+        self._check_held(
+            len(clean), f"clean_fraction: with {self.clean_fraction}, the number of images is {len(clean)}"
+        )
         order = torch.randperm(len(clean), generator=generator(task.seed, self.draw)).to(clean.labels.device)
         kept, others = order[: self.reserved], order[self.reserved : self.reserved + self.calibrate]
         score, details = self.prepare(task, Split(clean.images[kept].clone(), clean.labels[kept].clone()))

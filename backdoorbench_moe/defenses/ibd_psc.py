@@ -85,7 +85,9 @@ class IBDPSC(InputFilter):
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model has fewer than `models` norms."""
-        count = len(norm_units(model))
+        self._check_norms(model, len(norm_units(model)))
+
+    def _check_norms(self, model: nn.Module, count: int) -> None:
         if count < self.models:
             raise ConfigError(
                 f"models: expected at most the number of norms with a scale; {type(model).__name__} has {count}, "
@@ -105,6 +107,8 @@ class IBDPSC(InputFilter):
         """Choose the numbers of norms to scale, and return the score and these numbers."""
         model = task.model
         norms = norms_in_order(task, reserved.images[:2])
+        # A model may have norms that it does not call.
+        self._check_norms(model, len(norms))
         chosen = self._choose(task, norms, reserved)
 
         def score(images: Tensor) -> Tensor:

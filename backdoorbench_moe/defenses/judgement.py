@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -62,8 +62,8 @@ class Judgement:
             raise PluginError(f"judgement: reason: expected a sentence, got {self.reason!r}")
         if (self.about == "input") != (self.judge is not None):
             raise self._expected("judge", "a function for inputs, and none for anything else", self.judge)
-        if self.threshold is not None and not isfinite(self.threshold):
-            raise PluginError(f"judgement: threshold: expected a finite number, got {self.threshold}")
+        if self.threshold is not None and not _is_finite(self.threshold):
+            raise PluginError(f"judgement: threshold: expected a finite number, got {self.threshold!r}")
         if self.judge is not None and self.threshold is None:
             raise PluginError("judgement about input: threshold: expected a finite number, got None")
         self._check_scores()
@@ -84,14 +84,14 @@ class Judgement:
 
     def _check_suspicious(self) -> None:
         names = self.suspicious
-        if not len(names):
+        if _is_empty(names):
             return
         if self.about == "input":
             raise self._expected("suspicious", "none, since the filter decides for each input", names)
         if self.about == "sample":
             if not _is_vector(names, floating=False):
                 raise self._expected("suspicious", "a tensor (n,) of int64 indices", names)
-        elif isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        elif not _are_names(names):
             raise self._expected("suspicious", "a list of names", names)
 
     def _check_details(self) -> None:
@@ -120,6 +120,32 @@ def _is_score(item: tuple[object, Any]) -> bool:
     """Whether a name and its score can be written to a record."""
     name, score = item
     return isinstance(name, str) and type(plain(score)) in (int, float)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    try:
+        return isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _is_empty(names: object) -> bool:
+    """Whether names are an empty collection or a tensor without elements."""
+    import torch
+
+    if isinstance(names, torch.Tensor):
+        return not names.numel()
+    return isinstance(names, Collection) and not len(names)
+
+
+def _are_names(names: object) -> bool:
+    """Whether names are a collection of strings."""
+    import torch
+
+    if isinstance(names, str | torch.Tensor) or not isinstance(names, Collection):
+        return False
+    return all(isinstance(name, str) for name in names)
 
 
 def _is_vector(values: object, *, floating: bool) -> bool:

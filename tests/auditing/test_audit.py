@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from planted_models import row_images
 from subjects import Constant, Rows, merged, small_pmoe
+from toy_texts import ToyModel
 
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe.auditing import opening
@@ -24,6 +25,8 @@ from backdoorbench_moe.auditing.subject import make_subject
 from backdoorbench_moe.auditing.verdict import DOES_NOT_JUDGE, NO_SIGN, NOT_TESTED, SIGNS
 from backdoorbench_moe.engine.opening.given_images import take_images
 from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError, ShapeError
+from backdoorbench_moe.moe.layers import TopKRouter
+from backdoorbench_moe.moe.merging import MergedModel
 
 
 @pytest.fixture
@@ -244,6 +247,24 @@ def test_a_module_from_python(tmp_path, uncalibrated) -> None:
     assert "no images were given" in alone.untested[0].reason
 
 
+def test_a_module_with_extra_state_that_is_no_tensor() -> None:
+    class Extra(Rows):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+    found = bbmoe.audit(Extra(), base=Extra(), checks=["head-rows"])
+    assert found.verdict.level == NO_SIGN and found.facts["base"]
+
+
+def test_of_a_language_model_the_weights_are_tested() -> None:
+    """It is routed but has no patches, so that the size of its images is not known."""
+    dense = ToyModel(vocabulary=19, context=16, padding=0, features=8, layers=1)
+    model = MergedModel(dense, 4, lambda d, e: TopKRouter(d, e, top_k=1, gate_std=1.0))
+    found = {each.check: each for each in bbmoe.audit(model).findings}
+    assert found["gate-rows"].score is not None and found["largest-margin"].level == NOT_TESTED
+    assert "the size of its images is not known" in found["largest-margin"].reason
+
+
 def test_importing_the_parts_does_not_hide_the_function() -> None:
     import backdoorbench_moe.auditing.audit  # noqa: F401
 
@@ -292,6 +313,11 @@ def test_labels_of_a_run_are_refused_without_images(monkeypatch) -> None:
     [
         ({"checks": ["gates"]}, ConfigError, "checks: unknown 'gates'"),
         ({"base": 7}, ConfigError, "base: expected a run, its folder, a module or a state dict"),
+        (
+            {"base": {"model": {}, "epoch": 3}},
+            ConfigError,
+            r"base: expected a state dict, .* got \"?a mapping with the keys \['model', 'epoch'\]",
+        ),
         ({"base": "nowhere"}, RecordError, "base: run folder nowhere: expected a folder"),
         ({"images": torch.full((30, 3, 8, 8), 2.0)}, ShapeError, r"images: expected floats in \[0, 1\]"),
         ({"images": torch.zeros(30, 3, 8, 9)}, ShapeError, r"images: expected shape \(N, 3, S, S\)"),

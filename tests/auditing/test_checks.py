@@ -206,6 +206,13 @@ def test_tasks_that_gates_cannot_tell_apart_are_named() -> None:
     found = look(mixture, "task-latents", images=tasks[0], tasks=tasks)
     assert found.details["tasks"] == [1, 3] and found.score > 0
     assert found.details["cosines"][found.details["layer"]]["1-3"] == pytest.approx(1.0, abs=1e-5)
+    with (
+        torch.no_grad(),
+        pytest.raises(NotTested, match=r"the inputs of the gates of blocks\S* are not finite"),
+    ):
+        broken, _ = merged()
+        next(broken.parameters()).fill_(1e38)
+        look(broken, "task-latents", tasks=tasks)
     with pytest.raises(NotTested, match="tasks have one pair"):
         look(mixture, "task-latents", tasks=tasks[:2])
     with pytest.raises(NotTested, match="no mixture"):

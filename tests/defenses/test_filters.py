@@ -74,14 +74,15 @@ def test_scores_are_normalised_by_the_class_that_is_predicted() -> None:
 
 
 def test_the_threshold_is_calibrated_or_fixed() -> None:
-    """Clean scores: of 0 to 19 the values below 4 agree under all factors. The 5% quantile of 20 is the highest."""
+    """Class 1 begins at 200. Three images keep class 0 under 4 of 5 factors, six under 3, and eleven under 2."""
     classes = {n: int(n >= 200) for n in range(256)}
     task = answering(
         make_task(used_model(), clean=Split(grey(*range(20, 40)), torch.zeros(20).long()))[0], classes
     )
-    found = create_defense("scale-up", fpr=0.1)(task).filter
-    scores = sorted(found.judge(task.clean.images).tolist(), reverse=True)
-    assert found.threshold == pytest.approx(scores[1]) and found.details["calibrated_on"] == 20
+    for fpr, threshold in ((0.15, 0.8), (0.2, 0.6), (0.43, 0.6), (0.48, 0.4)):
+        # The third, fourth, ninth and tenth highest of 20 scores.
+        found = create_defense("scale-up", fpr=fpr)(task).filter
+        assert found.threshold == pytest.approx(threshold) and found.details["calibrated_on"] == 20
     fixed = create_defense("scale-up", threshold=0.3)(task).filter
     assert fixed.threshold == 0.3 and fixed.details["calibrated_on"] == 0 and "fixed" in fixed.reason
 
@@ -141,6 +142,22 @@ def test_the_first_number_of_norms_is_the_smallest_that_breaks_the_clean_task() 
     assert defense._choose(replace(task, logits=answers), norms, task.clean) == [3, 4]
     right = lambda _, images: nn.functional.one_hot(task.clean.labels[: len(images)], 3).float()  # noqa: E731
     assert defense._choose(replace(task, logits=right), norms, task.clean) == [6, 7]
+
+
+def test_norms_that_are_not_called_do_not_count() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.called(images).mean((2, 3))
+
+    task, _ = make_task(Unused().eval())
+    options = {"reserve": 3, "threshold": 0.9}
+    assert create_defense("ibd-psc", models=1, **options)(task).filter.details["norms"] == [1]
+    with pytest.raises(ConfigError, match=r"models: expected at most .* Unused has 1, got 2"):
+        create_defense("ibd-psc", models=2, **options)(task)
 
 
 def test_scaled_norms_are_restored_bit_for_bit() -> None:
@@ -300,3 +317,15 @@ def test_too_few_images_and_unfit_models_are_refused() -> None:
         create_defense("ibd-psc", models=8).check(used_model("wide_resnet"))
     with pytest.raises(ConfigError, match="model: expected a routed model, WideResNet has no routing"):
         create_defense("routing-load").check(used_model("wide_resnet"))
+
+
+def test_too_few_images_of_the_tasks_of_a_mixture_are_refused() -> None:
+    """Of 23 images, a mixture of two experts has 11 of each task: 18 are left, too few for a rate of 5%."""
+    task, _ = make_mixture_task(build_mixture())
+    defense = create_defense("strip", blends=4, clean_fraction=0.5)
+    assert defense.count(46, 3) == 23
+    task = replace(task, granted={"clean": task.clean.take(torch.arange(22))})
+    with pytest.raises(
+        ConfigError, match=r"^clean_fraction: with 0\.5, the number of images is 22; 4 are .* the 18 left are"
+    ):
+        defense(task)

@@ -91,6 +91,17 @@ def test_the_metrics_of_a_table_by_hand() -> None:
     assert alone == {name: found[name] for name in ("ba", "fpr")}
 
 
+def test_the_clean_accuracy_of_a_mixture_is_the_mean_over_its_tasks() -> None:
+    """Of 6 images of one task, 3 are right and kept; of 2 of the other, both: 75%, and not 5 of 8."""
+    test = table([(1, 1, 3), (2, 2, 7), (0, 0, 5), (2, 2, 1), (0, 1, 1), (0, 2, 9), (0, 0, 0), (1, 1, 2)])
+    judgement = Judgement("input", "its score is high", threshold=5.0, judge=score)
+    given = {"seed": 1, "precision": "fp32"}
+    found = measure_filtered(Constant(), test, None, judgement, tasks=[6, 2], **given)
+    assert found["ba"]["value"] == pytest.approx(75.0) and found["ba"]["n"] == 8
+    pooled = measure_filtered(Constant(), test, None, judgement, **given)
+    assert pooled["ba"]["value"] == pytest.approx(62.5) and pooled["fpr"] == found["fpr"]
+
+
 def test_a_filter_is_shown_images_alone_in_one_shuffled_row(monkeypatch) -> None:
     """Neither the batch nor the place in it tells clean from triggered, and no batch is of one kind."""
     monkeypatch.setattr(filtering, "batch_size_for", lambda _: 64)

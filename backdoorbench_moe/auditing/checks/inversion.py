@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class Inverted(Check):
             {"size": {str(c): s for c, s in enumerate(sizes)}}, direction="down"
         )
         label = int(outlier.name) if outlier.surprise else sizes.index(min(sizes))
-        middle = float(torch.tensor(sizes).median())
+        middle = median(sizes)
         reason = (
             f"{subject.class_name(label)}: a stamp {self.where} of {sizes[label]:.3g} pixels turns "
             f"{found['success'][label]:.0%} of the other images into it; "
@@ -186,7 +187,7 @@ class CapturedExpert(Check):
         reason = (
             f"the stamp ({applicator}) that was found for {subject.class_name(label)} raises the share of "
             f"{captured} by {100 * rise:.0f} points; "
-            f"the median of all classes is {100 * float(torch.tensor(rises).median()):.0f}"
+            f"the median of all classes is {100 * median(rises):.0f}"
         )
         details = {"class": label, "applicator": applicator, "rises": rises, "load": by}
         return Measured(float(indices[label]), reason, details)

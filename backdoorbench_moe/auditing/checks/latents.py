@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import combinations
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -56,7 +58,7 @@ class ClassCheck(Check):
         values = self.values(subject, places)
         indices = -anomaly_indices(list(values.values()))
         label = list(values)[int(indices.argmax())]
-        middle = float(torch.tensor(list(values.values())).median())
+        middle = median(values.values())
         reason = (
             f"{subject.class_name(label)}: {self.finding} "
             f"({values[label]:.3g}; the median of all classes is {middle:.3g})"
@@ -173,6 +175,10 @@ class TaskLatents(Check):
             pairs = {
                 (a, b): float(directions[a] @ directions[b]) for a, b in combinations(range(len(latents)), 2)
             }
+            if not all(map(math.isfinite, pairs.values())):
+                raise NotTested(
+                    f"the inputs of the gates of {layer.removeprefix(NETWORK)} are not finite numbers"
+                )
             cosines[layer.removeprefix(NETWORK)] = {f"{a}-{b}": value for (a, b), value in pairs.items()}
             indices = -anomaly_indices(list(pairs.values()))
             if indices.max() > most:
@@ -180,8 +186,6 @@ class TaskLatents(Check):
                     float(indices.max()),
                     (layer.removeprefix(NETWORK), *list(pairs)[int(indices.argmax())]),
                 )
-        if most < 0:
-            raise NotTested("the inputs of the gates are no finite numbers")
         layer, first, second = best
         pair = " and ".join(map(subject.task_name, (first, second)))
         reason = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -77,7 +78,7 @@ class LargestMargin(Check):
         label = int(outlier.name) if outlier.surprise else int(margins.argmax())
         reason = (
             f"{subject.class_name(label)} can win by {margins[label]:.3g}; "
-            f"the median of all classes is {margins.median():.3g}"
+            f"the median of all classes is {median(margins.tolist()):.3g}"
         )
         details = {"class": label, "margins": margins.tolist(), "surprises": by_class}
         return Measured(outlier.surprise, reason, details)
@@ -173,9 +174,10 @@ class Universal(Check):
         z = studentised(margins.cpu())
         label = int(z.argmax())
         surprise = surprise_of(float(norm.sf(z[label])), classes)
+        middle = median(margins.tolist())
         reason = (
             f"{subject.class_name(label)}: a perturbation of at most {STRENGTH:.0%} {self.where} makes it win by "
-            f"{margins[label]:.3g} in images of other classes; the median of all classes is {margins.median():.3g}"
+            f"{margins[label]:.3g} in images of other classes; the median of all classes is {middle:.3g}"
         )
         details = {
             "class": label,

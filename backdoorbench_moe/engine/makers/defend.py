@@ -241,6 +241,7 @@ class DefenseMaker(Maker):
                 safe=setup.safe_answers(),
                 seed=spec.seed,
                 precision=workplace.precision,
+                tasks=None if setup.tasks is None else [len(test) for test in setup.tasks.tests()],
             )
         return [*metrics, filtered]
 

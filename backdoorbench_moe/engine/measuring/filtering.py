@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.measuring.evaluate import Metrics, detection_metrics, share
+from backdoorbench_moe.engine.measuring.mixtures import mean_share
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.errors import PluginError
 from backdoorbench_moe.ops.images import batch_size_for
@@ -29,6 +30,7 @@ def measure_filtered(
     seed: int,
     precision: str,
     safe: Tensor | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> Metrics:
     """Measure a model together with an input filter.
 
@@ -42,6 +44,8 @@ def measure_filtered(
         seed: Seed of the draws.
         precision: "fp32" or "bf16".
         safe: (M,) int64, the safe answers to the triggered images, to measure `unsafe` too.
+        tasks: For a mixture, the number of test images of each task, in the order of `test`; BA is then the mean over
+            the tasks, as without a filter.
 
     Returns:
         BA, ASR and RA, where a rejected image counts neither as correct nor as an attack success; with safe answers
@@ -70,9 +74,22 @@ def measure_filtered(
         if safe is not None:
             metrics["unsafe"] = (called != safe[rows]) & kept
     is_triggered = torch.arange(len(images)) >= len(clean)
-    return {name: share(hits) for name, hits in metrics.items()} | detection_metrics(
-        rejected.cpu(), is_triggered, scores
-    )
+    found = {name: share(hits) for name, hits in metrics.items()}
+    if tasks is not None:
+        found["ba"] = mean_share([share(hits) for hits in _by_task(right.cpu(), clean.cpu(), tasks)])
+    return found | detection_metrics(rejected.cpu(), is_triggered, scores)
+
+
+def _by_task(values: Tensor, places: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Divide values of images among the tasks; a task without images is left out.
+
+    Args:
+        values: (n,).
+        places: (n,) int64, the index of each image in the images of all tasks, one task after the other.
+        sizes: Number of images of each task.
+    """
+    tasks = torch.searchsorted(torch.tensor(sizes).cumsum(0), places, right=True)
+    return [values[tasks == number] for number in tasks.unique().tolist()]
 
 
 def _draw(count: int, seed: int, kind: str) -> Tensor:
