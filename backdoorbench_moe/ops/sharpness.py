@@ -25,7 +25,7 @@ def steepest_shift(
         adaptive: Whether the ball is the adaptive one.
 
     Returns:
-        The shift of every tensor. All shifts are 0 if the gradient is 0.
+        The shift of every tensor. All shifts are 0 if the gradient is 0, or so small that its norm rounds to 0.
 
     Source:
         Foret et al., "Sharpness-Aware Minimization", ICLR 2021, eq. 2; Kwon et al., "ASAM", ICML 2021, eq. 10, without
@@ -35,5 +35,6 @@ def steepest_shift(
     scales = [weight.abs() if adaptive else torch.ones_like(weight) for weight in weights]
     scaled = [scale * gradient for scale, gradient in zip(scales, known, strict=True)]
     norm = torch.stack([each.square().sum() for each in scaled]).sum().sqrt()
-    factor = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    # Not divided by a smallest norm: its reciprocal times `rho` can be infinite, and infinity times 0 is NaN.
+    factor = torch.where(norm > 0, rho / norm, 0.0)
     return [scale * each * factor for scale, each in zip(scales, scaled, strict=True)]

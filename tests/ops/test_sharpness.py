@@ -31,10 +31,14 @@ def test_the_adaptive_shift_by_hand_over_two_tensors() -> None:
     assert [shift.shape for shift in shifts] == [(1,), (1, 1)]
 
 
-def test_without_a_gradient_nothing_is_shifted() -> None:
+@pytest.mark.parametrize("rho", [2.0, 10.0])
+@pytest.mark.parametrize("gradient", [0.0, 1e-25])
+def test_without_a_gradient_or_with_one_whose_norm_is_zero_nothing_is_shifted(rho, gradient) -> None:
+    """10 over the smallest number is infinite, and 1e-25 over it is 1e13. The square of 1e-25 is 0."""
     weights = [torch.ones(2), torch.ones(3)]
     for adaptive in (False, True):
-        shifts = steepest_shift(weights, [torch.zeros(2), None], rho=2.0, adaptive=adaptive)
+        given = [torch.full((2,), gradient), None]
+        shifts = steepest_shift(weights, given, rho=rho, adaptive=adaptive)
         assert all(torch.equal(shift, torch.zeros_like(shift)) for shift in shifts)
 
 
