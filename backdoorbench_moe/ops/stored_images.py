@@ -172,7 +172,9 @@ class StoredImages(Tensor):
     ) -> Any:
         if func in (torch.cat, torch.concat, torch.concatenate):
             parts, dim = _of_cat(*args, **(kwargs or {}))
-            if dim == 0 and {(part.shape[1:], part.dtype) for part in parts} == {(parts[0].shape[1:], torch.uint8)}:
+            if dim == 0 and {(part.shape[1:], part.dtype) for part in parts} == {
+                (parts[0].shape[1:], torch.uint8)
+            }:
                 joined = concatenated(parts)
                 return joined if joined.numel() > memory_limit() else joined.read()
         with torch._C.DisableTorchFunctionSubclass():

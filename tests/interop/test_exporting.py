@@ -82,7 +82,9 @@ def test_there_and_back(run: Run, tmp_path: Path) -> None:
 def test_a_model_without_backdoorbenchs_normalisation_is_warned_of(run: Run, tmp_path: Path) -> None:
     model = {**run.record.spec["model"], "mean": [0, 0, 0], "std": [1, 1, 1]}
     plain = Run(run.folder, replace(run.record, spec={**run.record.spec, "model": model}))
-    with pytest.warns(BbmoeWarning, match=r"this model was trained with mean \(0.0, 0.0, 0.0\) and std \(1.0"):
+    with pytest.warns(
+        BbmoeWarning, match=r"this model was trained with mean \(0.0, 0.0, 0.0\) and std \(1.0"
+    ):
         write_backdoorbench(plain, tmp_path / "out")
 
 
