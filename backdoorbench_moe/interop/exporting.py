@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.exporting import check_folder, write_folder
 from backdoorbench_moe.engine.poisoning.poison import poisoned
@@ -20,9 +21,11 @@ from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.interop.export_script import RESULT_SCRIPT, read_script
-from backdoorbench_moe.interop.importing import NORMALISATION
+from backdoorbench_moe.interop.importing import DATASETS, NORMALISATION
 from backdoorbench_moe.interop.result_folder import COLUMNS, TEST_IMAGES, TRAIN_IMAGES
+from backdoorbench_moe.models import registry
 from backdoorbench_moe.models.backdoorbench import BackdoorBenchModel
+from backdoorbench_moe.models.common import NORMALISATIONS
 
 
 def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None = None) -> Path:
@@ -57,7 +60,7 @@ def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None =
     setup = ImageSetup(spec, workplace.images)
     setup.stamper = run.stamper()
     model, facts = run.model(), _facts(run, workplace.images)
-    _check_normalisation(model, facts["dataset"], target)
+    _check_normalisation(run.spec.model, model, facts["dataset"], target)
 
     def write(place: Path) -> None:
         facts["bd_test"] = _write_test(place, setup)
@@ -72,7 +75,8 @@ def write_backdoorbench(run: Run, folder: Path | str, *, data_root: str | None =
 
 
 def _facts(run: Run, images: ImageSet) -> dict[str, Any]:
-    train, poison, name = run.spec.train, run.spec.poison, images.name
+    train, poison = run.spec.train, run.spec.poison
+    name = next((theirs for theirs, ours in DATASETS.items() if ours == images.name), images.name)
     info = {
         "dataset": name,
         "epochs": train.epochs,
@@ -140,17 +144,24 @@ def _write_weights(target: Path, name: str, model: nn.Module, facts: dict[str, A
         facts["model_name"] = model.architecture
         weights = {model.their_name(name): tensor for name, tensor in weights.items()}
     facts["weights"] = list(weights)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / "weights.safetensors")
+    # Cloned, because the format does not support shared tensors, such as one that a model has under two names.
+    plain = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    save_file(plain, target / "weights.safetensors")
 
 
-def _check_normalisation(model: nn.Module, dataset: str, target: Path) -> None:
+def _check_normalisation(part: PartSpec, model: nn.Module, dataset: str, target: Path) -> None:
     """Warn if BackdoorBench's normalisation of images is not the one that the model expects."""
     theirs = NORMALISATION.get(dataset)
-    if theirs is None or (isinstance(model, BackdoorBenchModel) and model.normalisation == theirs):
+    if isinstance(model, BackdoorBenchModel):
+        own = model.normalisation
+    else:
+        own = registry.common(part.name, part.options).normalisation or NORMALISATIONS["none"]
+    if theirs is None or own == theirs:
         return
     warnings.warn(
         f"{target}: BackdoorBench normalises images of {dataset} by mean {theirs[0]} and std {theirs[1]} before the "
-        "model, and this model was trained without; train backdoorbench:... with these as model.mean and model.std",
+        f"model, and this model was trained with mean {own[0]} and std {own[1]}; train backdoorbench:... with "
+        "BackdoorBench's as model.mean and model.std",
         BbmoeWarning,
         stacklevel=3,
     )

@@ -110,7 +110,7 @@ def import_backdoorbench(
                 trigger=PartSpec("stored", {"file": str(files["images"])}),
                 applicator=PartSpec("image"),
                 poison=poison,
-                train=recipe(place),
+                train=recipe(place, attack.dataset),
                 device=device,
                 precision=PRECISION,
                 recipe="backdoorbench",
@@ -298,8 +298,13 @@ def _warn_of_redrawn(place: ResultFolder, plan: PoisonPlan | None) -> None:
         )
 
 
-def recipe(place: ResultFolder) -> TrainSpec:
-    """Return BackdoorBench's training recipe, which defenses use, with settings from `info.pickle` if it exists."""
+def recipe(place: ResultFolder, dataset: str) -> TrainSpec:
+    """Return BackdoorBench's training recipe, which defenses use, with settings from `info.pickle` if it exists.
+
+    Args:
+        place: The result folder.
+        dataset: BackdoorBench's name of the data set, unless `info.pickle` gives it. Only cifar10 is flipped.
+    """
     path = place.path / INFO
     info = read_info(path) if path.exists() else {}
     names = {
@@ -310,7 +315,7 @@ def recipe(place: ResultFolder) -> TrainSpec:
         "weight_decay": "wd",
     }
     given = {name: info[key] for name, key in names.items() if key in info}
-    flips = info.get("dataset", "cifar10") == "cifar10"
+    flips = info.get("dataset", dataset) == "cifar10"
     defaults = {"epochs": 100, "batch_size": 128, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
     values: dict[str, Any] = {**defaults, **given}
     return TrainSpec(schedule="cosine", augment="crop-flip" if flips else "crop", **values)

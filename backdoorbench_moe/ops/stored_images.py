@@ -98,7 +98,9 @@ class StoredImages(Tensor):
         if rest or chosen.numel() <= memory_limit():
             chosen._check_memory()
             found = chosen.read()
-            return found[:, *rest] if rest else found
+            # Indices along several axes are paired, as in any tensor; a slice is not paired.
+            own = slice(None) if isinstance(first, slice) else torch.arange(len(rows))
+            return found[own, *rest] if rest else found
         return chosen
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -170,7 +172,9 @@ class StoredImages(Tensor):
     ) -> Any:
         if func in (torch.cat, torch.concat, torch.concatenate):
             parts, dim = _of_cat(*args, **(kwargs or {}))
-            if dim == 0 and all(part.ndim == 4 for part in parts):
+            if dim == 0 and {(part.shape[1:], part.dtype) for part in parts} == {
+                (parts[0].shape[1:], torch.uint8)
+            }:
                 joined = concatenated(parts)
                 return joined if joined.numel() > memory_limit() else joined.read()
         with torch._C.DisableTorchFunctionSubclass():

@@ -149,6 +149,22 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
+def hooked(model: nn.Module) -> list[str]:
+    """Return the names of the modules of a model that have a hook."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds)]
+
+
+def global_settings() -> tuple[object, ...]:
+    """Return the settings of torch that a part must not change."""
+    return (
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
 def ranked(routing: Routing, dim: int) -> bool:
     """Return whether, along `dim`, all selected gates are at least as large as all others."""
     taken = routing.gates.masked_fill(~routing.selected, 2).amin(dim)

@@ -54,12 +54,20 @@ def test_planning_writes_to_nothing(attack: Attack) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"cover": 0.05}, {"noise": 0.05}, {"labels": "clean"}, {"source": (1,)}],
-    ids=["cover", "noise", "clean labels", "source"],
+    [
+        {"rate": 0.05},
+        {"target": 2},
+        {"mapping": "all-to-all"},
+        {"cover": 0.05},
+        {"noise": 0.05},
+        {"labels": "clean"},
+        {"source": (1,)},
+    ],
+    ids=["rate", "target", "all-to-all", "cover", "noise", "clean labels", "source"],
 )
 def test_settings_are_followed_or_refused(attack_name: str, values: dict[str, Any]) -> None:
     """An attack must not ignore a setting of the `PoisonSpec`, but may refuse it."""
-    attack = make_attack(attack_name, poison=PoisonSpec(rate=0.1, **values))
+    attack = make_attack(attack_name, poison=PoisonSpec(**{"rate": 0.1, **values}))
     [name] = values
     try:
         made = plan(attack)
@@ -67,7 +75,12 @@ def test_settings_are_followed_or_refused(attack_name: str, values: dict[str, An
         assert f"poison.{name}: " in str(error), "the message does not name the setting"
         return
     true = LABELS[made.indices]
+    wanted = torch.equal(made.labels, attack.wanted(LABELS, CLASSES)[made.indices])
     followed = {
+        # An attack may round the number of each class.
+        "rate": abs(len(made.indices) - attack.poison.count(len(LABELS))) <= CLASSES,
+        "target": wanted,
+        "mapping": wanted,
         "cover": len(made.cover) == attack.poison.count(len(LABELS), "cover"),
         "noise": len(made.noise) == attack.poison.count(len(LABELS), "noise"),
         "labels": torch.equal(made.labels, true),

@@ -16,7 +16,14 @@ from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.testing import making
-from backdoorbench_moe.testing.making import changed, coloured_split, copies, used_model
+from backdoorbench_moe.testing.making import (
+    changed,
+    coloured_split,
+    copies,
+    global_settings,
+    hooked,
+    used_model,
+)
 from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
 from backdoorbench_moe.testing.texts import build_text_mixture, make_text_task, text_split
 
@@ -94,12 +101,17 @@ def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> No
 
 
 def assert_defended(defense_name: str, model_name: str) -> None:
-    """Assert that a defense returns a finite model of the same architecture without hooks, and keeps the images."""
+    """Assert that a defense returns a finite model of the same architecture without hooks, and keeps the images.
+
+    The run folder contains only the state of the model. A model that loads it must give the same logits.
+    """
     defense, model = build(defense_name), model_called(model_name)
     clean = text_split(24, 1) if model_name == TEXT_MIXTURE else coloured_split(24, 1)
     before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
     task, reported = make_task(defense, model, model_name, clean=clean)
+    settings = global_settings()
     result = defense(task)
+    assert global_settings() == settings, "a global setting of torch was changed"
     assert isinstance(result, DefenseResult) and result.stage
     after = copies(result.model)
     assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
@@ -116,7 +128,12 @@ def assert_defended(defense_name: str, model_name: str) -> None:
         values = torch.tensor(list(scores.values())) if isinstance(scores, Mapping) else scores
         assert not isinstance(values, Tensor) or values.isfinite().all(), f"scores of {judgement.about}"
     assert all(parameter.requires_grad for parameter in result.model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in result.model.modules())
+    assert not (left := hooked(result.model)), f"hooks are left on {left}"
+    loaded = model_called(model_name)
+    loaded.load_state_dict(after)
+    found, expected = (task.logits(each, clean.images[:4]) for each in (result.model, loaded))
+    told = "a model that loads the state of the defended one gives other logits"
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=told)
 
 
 def test_the_seed_decides(defense_name: str, accepted: str) -> None:

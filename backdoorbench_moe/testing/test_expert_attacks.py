@@ -12,7 +12,7 @@ from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTa
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.testing.expert_tasks import TinyMergeable, make_expert_task
-from backdoorbench_moe.testing.making import CLASSES, build_model, changed, copies, make_attack
+from backdoorbench_moe.testing.making import CLASSES, build_model, changed, copies, hooked, make_attack
 
 pytestmark = pytest.mark.only(interface=ExpertPoisoning)
 
@@ -44,7 +44,7 @@ def test_it_changes_the_mlps_and_nothing_else(attack_name: str, prefix: int, pol
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert not any(module.training for module in task.model.modules())
     assert all(parameter.requires_grad for parameter in task.model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in task.model.modules())
+    assert not hooked(task.model)
 
 
 def test_images_and_answers_are_not_written_to(attack_name: str) -> None:

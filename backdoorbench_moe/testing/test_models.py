@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -9,9 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.errors import UnknownNameError
-from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
-from backdoorbench_moe.testing.making import batch, build_model, changed, copies, make, ranked, settle
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, auxiliary_loss, forward
+from backdoorbench_moe.testing.making import (
+    CPU,
+    batch,
+    build_model,
+    changed,
+    copies,
+    global_settings,
+    make,
+    ranked,
+    settle,
+)
 
 only_routed = pytest.mark.only(interface=RoutedModel)
 
@@ -54,6 +66,35 @@ def test_a_gradient_reaches_every_parameter_and_the_images(model_name: str) -> N
         assert parameter.ndim == 1 or (parameter.grad != 0).any(), f"{key}: its gradient is zero"
 
 
+def train_in_bfloat16(model: nn.Module) -> None:
+    """Compute the loss of a training step as the engine does, and its gradients."""
+    with autocast(CPU, "bf16"):
+        logits, routing = forward(model.train(), images_of(8))
+    for each in routing:
+        loss = each.aux_loss
+        assert loss is None or (isinstance(loss, Tensor) and loss.ndim == 0 and loss.isfinite()), (
+            f"{each.layer}: its auxiliary loss is not a finite scalar"
+        )
+    (F.cross_entropy(logits.float(), torch.arange(8)) + auxiliary_loss(routing)).backward()
+
+
+def test_it_runs_in_bfloat16(model_name: str) -> None:
+    """Where the hardware has bfloat16, it is the default precision of a run."""
+    model = build_model(model_name)
+    train_in_bfloat16(model)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), key
+    with torch.no_grad(), autocast(CPU, "bf16"):
+        assert model.eval()(images_of(4)).isfinite().all()
+
+
+def test_it_can_be_copied_after_a_training_step(model_name: str) -> None:
+    """The model is copied after every stage of a defense. Results of a step, such as features, cannot be copied."""
+    model = build_model(model_name)
+    train_in_bfloat16(model)
+    assert not changed(copies(model), copy.deepcopy(model).state_dict())
+
+
 def test_the_seed_decides_the_weights(model_name: str) -> None:
     first = build_model(model_name).state_dict()
     torch.rand(1)
@@ -62,19 +103,10 @@ def test_the_seed_decides_the_weights(model_name: str) -> None:
 
 
 def test_building_and_running_change_no_global_setting(model_name: str) -> None:
-    def settings() -> tuple[object, ...]:
-        return (
-            torch.get_default_dtype(),
-            torch.get_num_threads(),
-            torch.is_grad_enabled(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_rng_state().tolist(),
-        )
-
-    before = settings()
+    before, state = global_settings(), torch.get_rng_state()
     model = build_model(model_name).eval()
     model(images_of(2))
-    assert settings() == before
+    assert global_settings() == before and torch.equal(torch.get_rng_state(), state)
 
 
 def test_images_do_not_mix_in_evaluation(model_name: str) -> None:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from backdoorbench_moe import gates
 from backdoorbench_moe.engine.build import merge_copies
+from backdoorbench_moe.engine.device import autocast
 from backdoorbench_moe.engine.measuring.generation import answer
 from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.moe.merging import check_mergeable, expert_names
-from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel, auxiliary_loss, forward
 from backdoorbench_moe.moe.structure import Merged, WithMLPs
-from backdoorbench_moe.ops.answers import IGNORED
+from backdoorbench_moe.ops.answers import IGNORED, answer_loss
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.seeding import seeded
-from backdoorbench_moe.testing.making import changed, tiny_options
+from backdoorbench_moe.testing.making import CPU, changed, tiny_options
 
 pytestmark = pytest.mark.only(texts=True)
 
@@ -55,6 +56,16 @@ def test_a_position_does_not_see_those_behind_it(model_name: str) -> None:
     torch.testing.assert_close(model(other)[:, :5], whole)
     torch.testing.assert_close(cut, whole)
     assert not torch.allclose(model(other)[:, 5:], model(texts)[:, 5:])
+
+
+def test_it_runs_in_bfloat16(model_name: str) -> None:
+    """Where the hardware has bfloat16, it is the default precision of a run."""
+    model, texts = build(model_name), texts_of()
+    with autocast(CPU, "bf16"):
+        logits, routing = forward(model.train(), texts)
+    (answer_loss(logits.float(), texts) + auxiliary_loss(routing)).backward()
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert found and all(gradient.isfinite().all() for gradient in found)
 
 
 def test_weights_depend_on_the_seed_only(model_name: str) -> None:

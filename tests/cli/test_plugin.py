@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from io import StringIO
@@ -172,7 +173,7 @@ def test_what_new_writes_passes_the_conformance_tests(site: Path) -> None:
 def test_what_new_writes_passes_its_own_tests(site: Path, written: Path) -> None:
     options = ["-c", "/dev/null", "--rootdir", written, "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = python("-m", "pytest", *options, written / "tests", path=[site])
-    assert done.returncode == 0 and "27 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "29 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
@@ -270,6 +271,26 @@ def test_new_writes_a_trigger_and_says_what_to_do_next(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bbmoe-stripes"]
     assert f"wrote {folder}\n" in done.output and "  bbmoe plugin check bbmoe-stripes\n" in done.output
     assert "stripes = bbmoe_stripes.trigger:StripesTrigger" in (folder / "setup.cfg").read_text()
+
+
+def test_the_next_steps_can_be_pasted(tmp_path: Path) -> None:
+    (tmp_path / "my work").mkdir()
+    output = str(tmp_path / "my work")
+    done = CliRunner().invoke(command, ["plugin", "new", "bbmoe-stripes", "--output", output, "--json"])
+    install, _, test = (shlex.split(step) for step in json.loads(done.output)["next"])
+    assert Path(install[-1]) == Path(output, "bbmoe-stripes") and Path(test[-1]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        (["trigger", "defense"], "(`--set trigger.NAME=VALUE`);"),
+        (["defense"], "(`bbmoe defend RUN --defense shake --set NAME=VALUE`);"),
+    ],
+)
+def test_the_readme_says_how_an_option_is_set(kinds: list[str], says: str) -> None:
+    files = dict(scaffold.render_package(plan_package("bbmoe-shake", kinds)))
+    assert f"its options on the command line\n{says}" in files["README.md"]
 
 
 @pytest.mark.parametrize(

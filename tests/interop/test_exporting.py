@@ -17,10 +17,12 @@ from PIL import Image
 from result_folders import write_result
 from safetensors.torch import load_file
 from tiny import Tiny
+from torch import nn
 
 import backdoorbench_moe as bbmoe
 from backdoorbench_moe import data
 from backdoorbench_moe.cli import bbmoe as command
+from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.interop import exporting
@@ -80,8 +82,35 @@ def test_there_and_back(run: Run, tmp_path: Path) -> None:
 def test_a_model_without_backdoorbenchs_normalisation_is_warned_of(run: Run, tmp_path: Path) -> None:
     model = {**run.record.spec["model"], "mean": [0, 0, 0], "std": [1, 1, 1]}
     plain = Run(run.folder, replace(run.record, spec={**run.record.spec, "model": model}))
-    with pytest.warns(BbmoeWarning, match="this model was trained without"):
+    with pytest.warns(
+        BbmoeWarning, match=r"this model was trained with mean \(0.0, 0.0, 0.0\) and std \(1.0"
+    ):
         write_backdoorbench(plain, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"), [("gtsrb", {}), ("cifar10", {"mean": "cifar10"}), ("signs", {"mean": "half"})]
+)
+@pytest.mark.filterwarnings("error")
+def test_a_model_with_backdoorbenchs_normalisation_is_not_warned_of(dataset, options, tmp_path) -> None:
+    """On GTSRB, BackdoorBench does not normalise. How it normalises other data is unknown."""
+    exporting._check_normalisation(PartSpec("pmoe", options), nn.Identity(), dataset, tmp_path)
+    if options:
+        with pytest.raises(BbmoeWarning, match=r"images of gtsrb by mean \(0.0, 0.0, 0.0\)"):
+            exporting._check_normalisation(PartSpec("pmoe", options), nn.Identity(), "gtsrb", tmp_path)
+
+
+def test_the_data_set_has_backdoorbenchs_name(run: Run) -> None:
+    for ours, theirs in (("tiny-imagenet", "tiny"), ("gtsrb", "gtsrb"), ("signs", "signs")):
+        facts = exporting._facts(run, replace(Tiny().load(), name=ours))
+        assert facts["dataset"] == facts["info"]["dataset"] == theirs
+
+
+def test_a_tensor_with_two_names_is_written_twice(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    exporting._write_weights(tmp_path, "own", model, {})
+    assert torch.equal(load_file(tmp_path / "weights.safetensors")["1.weight"], model[0].weight)
 
 
 @pytest.mark.parametrize(

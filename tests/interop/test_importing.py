@@ -16,7 +16,8 @@ from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError, RecordError
 from backdoorbench_moe.interop.attack_result import StoredSplit
 from backdoorbench_moe.interop.comparison import Imported
-from backdoorbench_moe.interop.importing import import_backdoorbench, read_plan
+from backdoorbench_moe.interop.importing import import_backdoorbench, read_plan, recipe
+from backdoorbench_moe.interop.result_folder import ResultFolder
 from backdoorbench_moe.records import RunFolder
 
 
@@ -146,6 +147,17 @@ def test_the_groups_of_stored_training_images(
     split = StoredSplit(np.array([3, 5, 8]), np.array(labels), np.array([0, 1, 2]), 10)
     plan = read_plan(split, target, 3)
     assert plan.indices.tolist() == poison and plan.noise.tolist() == noise and not len(plan.cover)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "info", "augment"),
+    [("cifar10", None, "crop-flip"), ("gtsrb", None, "crop"), ("cifar10", {"dataset": "tiny"}, "crop")],
+)
+def test_images_are_flipped_on_cifar10_only(dataset, info, augment, tmp_path: Path) -> None:
+    """Without `info.pickle`, the name in `attack_result.pt` decides: a flipped traffic sign can be another sign."""
+    if info is not None:
+        torch.save(info, tmp_path / "info.pickle")
+    assert recipe(ResultFolder(tmp_path), dataset).augment == augment
 
 
 def test_clean_labels_are_poison() -> None:

@@ -95,7 +95,18 @@ class Deaf(Attack):
         return PoisonPlan(indices, torch.zeros_like(indices))
 
 
-@pytest.mark.parametrize("values", [{"cover": 0.05}, {"noise": 0.05}, {"labels": "clean"}, {"source": (1,)}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rate": 0.05},
+        {"target": 2},
+        {"mapping": "all-to-all"},
+        {"cover": 0.05},
+        {"noise": 0.05},
+        {"labels": "clean"},
+        {"source": (1,)},
+    ],
+)
 def test_an_attack_that_ignores_a_setting_fails(values, monkeypatch) -> None:
     monkeypatch.setitem(attacks.registry._local, "own", Deaf)
     [name] = values

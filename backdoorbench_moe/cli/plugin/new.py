@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -35,9 +36,9 @@ def command(name: str, kinds: tuple[str, ...], output: Path, as_json: bool) -> N
     folder = write_package(plan_package(name, kinds or ("trigger",)), output)
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     steps = [
-        f"pip install -e {folder}",
+        f"pip install -e {shlex.quote(str(folder))}",
         f"bbmoe plugin check {name}",
-        f"python -m pytest {folder / 'tests'}",
+        f"python -m pytest {shlex.quote(str(folder / 'tests'))}",
     ]
     if as_json:
         echo(json.dumps({"folder": str(folder), "files": paths, "next": steps}, indent=2))
