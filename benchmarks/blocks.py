@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from backdoorbench_moe.cli.show import read_shown
 from backdoorbench_moe.cli.tables.runs import metrics_table
 from backdoorbench_moe.cli.tables.show import markdown_table
 from backdoorbench_moe.cli.tables.show_columns import choose_columns
+from backdoorbench_moe.collapse import MARK
 from backdoorbench_moe.records import RunFolder
 
 RESULTS = Path("benchmarks") / "results"
@@ -43,7 +45,9 @@ def table1(root: Path) -> str:
     folder = root / RESULTS / "badpatches-table1" / "small"
     sheet = build_sheet(ResultSet.from_folder(suite_of(root, folder), folder))
     [table] = [table for table in sheet.tables if table.metric == "asr"]
-    return "".join(f"{line}\n" for line in table_lines(table) if "missing" not in line)
+    names, rule, *rows = table_lines(table)
+    found = [any(place.statistic for place in places) for places in table.places]
+    return "".join(f"{line}\n" for line in (names, rule, *compress(rows, found)))
 
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
@@ -106,10 +110,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def whole_text(found: Statistic | None) -> str:
-    """Format a mean and its standard deviation as integers."""
+    """Format a mean and its standard deviation as integers, with a mark if the model of any seed is near chance."""
     if found is None:
         return "–"
-    return number(found.mean, 0) if found.std is None else f"{number(found.mean, 0)} ± {number(found.std, 0)}"
+    spread = "" if found.std is None else f" ± {number(found.std, 0)}"
+    return f"{number(found.mean, 0)}{spread}{MARK if found.near_chance else ''}"
 
 
 def stamping(root: Path) -> str:

@@ -13,6 +13,7 @@ images gives the model that a faster BN would have had, without retraining.
 from __future__ import annotations
 
 import argparse
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from backdoorbench_moe.attacks import create_attack
 from backdoorbench_moe.config import RunSpec
-from backdoorbench_moe.data.base import ImageSet
+from backdoorbench_moe.data.base import ImageSet, Split
 from backdoorbench_moe.engine.build import build_dataset
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.measuring.evaluate import Metrics, measure
@@ -65,12 +66,13 @@ def renew(run: Run, model: nn.Module, images: ImageSet, count: int) -> None:
     """Recompute the model's BN statistics on `count` of the run's own (poisoned) training images."""
     spec, train, precision = run.spec, images.train, run.record.environment["precision"]
     order = torch.randperm(len(train), generator=generator(spec.seed, "recalibrate"))[:count]
-    context: AbstractContextManager[object] = nullcontext()
+    context: AbstractContextManager[Split] = nullcontext(train)
     if spec.attacked:
         plan = run.attack()(train.labels, num_classes=images.num_classes, seed=spec.seed)
         context = poisoned(train, plan, run.stamper())
-    with context:
-        renew_statistics(model, [train.images[part] for part in order.split(BATCH)], precision)
+    # Images that are not in memory are stamped in what the block returns.
+    with context as split:
+        renew_statistics(model, [split.images[part] for part in order.split(BATCH)], precision)
 
 
 def load_images(spec: RunSpec, root: str | None) -> ImageSet:
@@ -100,7 +102,8 @@ def main() -> None:
         run = load_run(folder)
         if run.record.status != "finished":
             continue
-        name = run.spec.dataset.name
+        # Runs on the same data set may have other options, such as the number of training images.
+        name = json.dumps(run.spec.dataset.to_dict(), sort_keys=True)
         if name not in loaded:
             loaded = {name: load_images(run.spec, args.data_root)}
         model = run.model().to(memory_format=torch.channels_last)

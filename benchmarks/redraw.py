@@ -21,10 +21,11 @@ from pathlib import Path
 from blocks import BLOCKS, RESULTS, suite_of
 
 from backdoorbench_moe.bench.pages.found import relative_link
-from backdoorbench_moe.bench.pages.leaderboard import open_board
+from backdoorbench_moe.bench.pages.leaderboard import open_board, results_folder
 from backdoorbench_moe.bench.pages.leaderboard_page import leaderboard_page
 from backdoorbench_moe.bench.save import redraw_results
 from backdoorbench_moe.bench.suites.reading import load_suite, split_scale
+from backdoorbench_moe.bench.tables.results import with_seeds
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -61,7 +62,8 @@ def leaderboard(root: Path) -> str:
     """Draw the leaderboard; suites without results are shown as missing."""
     named = [split_scale(name) for name in LEADERBOARD]
     files = [(str(root / name) if name.endswith(".yaml") else name, scale) for name, scale in named]
-    suites = [load_suite(name, scale) for name, scale in files]
+    loaded = [load_suite(name, scale) for name, scale in files]
+    suites = [with_seeds(suite, None, results_folder(suite, root / RESULTS)) for suite in loaded]
     board = open_board(suites, runs=root, folders=root / RESULTS)
     options = {"from": RESULTS, "save": LEADERBOARD_PAGE}
     return leaderboard_page(

@@ -17,7 +17,9 @@ DEFAULT_OUTPUT = Path("runs")
 @click.command("report")
 @click.argument("name", metavar="SUITE")
 @click.option("--scale", metavar="NAME", help="Scale of the suite.  [the first]")
-@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's]")
+@click.option(
+    "--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's; with --from, the folder's]"
+)
 @click.option(
     "--output",
     type=PATH,
@@ -51,14 +53,14 @@ def command(
     """
     from backdoorbench_moe.bench.pages.report import draw_report
     from backdoorbench_moe.bench.suites.reading import load_suite
+    from backdoorbench_moe.bench.tables.results import with_seeds
     from backdoorbench_moe.errors import ConfigError, naming
 
     if published is not None and source is None:
         raise ConfigError("--published: can only be used with --from")
     if source is not None and output != DEFAULT_OUTPUT:
         raise ConfigError("--output: cannot be used with --from, which is read instead of run folders")
-    suite = load_suite(name, scale)
-    suite = suite if repeats is None else suite.with_repeats(repeats)
+    suite = with_seeds(load_suite(name, scale), repeats, source)
     file = save if save is not None else Path(f"{suite.label}.html")
     options = {
         "output": output if source is None and output != DEFAULT_OUTPUT else None,

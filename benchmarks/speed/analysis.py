@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import at_least_one, environment_of, finish, make_parser, verdict
+from common import at_least_one, environment_of, finish, make_parser, met
 from rich.table import Table
 
 from backdoorbench_moe.analysis.analyze import analyze_run
@@ -105,7 +105,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     return [
         f"in all, alone: {result['rows']['alone']['seconds']:.1f} s (goal: at most {result['goal_seconds']}); "
         f"routing alone: {result['routing_seconds']:.1f} s (goal: at most {result['goal_routing_seconds']}): "
-        + verdict(result["goal_met"]).split("]")[1].split("[")[0]
+        + met(result["goal_met"])
     ]
 
 

@@ -106,6 +106,11 @@ def footer(environment: Mapping[str, Any]) -> str:
     )
 
 
-def verdict(met: bool) -> str:
-    """Return the table cell of a goal."""
-    return "[green]met[/green]" if met else "[red]missed[/red]"
+def met(goal: bool) -> str:
+    """Return in a word whether a goal was met."""
+    return "met" if goal else "missed"
+
+
+def verdict(goal: bool) -> str:
+    """Return the table cell of a goal: the word of `met` with a colour."""
+    return f"[{'green' if goal else 'red'}]{met(goal)}[/]"

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import AVX2_ONLY, at_least_one, bbmoe_command, environment_of, finish, make_parser, run_child
+from common import AVX2_ONLY, at_least_one, bbmoe_command, environment_of, finish, make_parser, met, run_child
 from rich.table import Table
 
 from backdoorbench_moe.wording.counting import count
@@ -164,11 +164,6 @@ def notes(result: dict[str, Any]) -> list[str]:
                 f"{row['cpu_seconds_ratio']:.2f} of its CPU seconds (median of {count(row['pairs'], 'pair')})"
             )
     return lines
-
-
-def met(goal: bool) -> str:
-    """Return in a word whether a goal was met."""
-    return "met" if goal else "missed"
 
 
 if __name__ == "__main__":

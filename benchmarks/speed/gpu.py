@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import sys
 import time
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
-from common import SMALL_PMOE, at_least_one, environment_of, finish, make_parser, verdict
+from common import SMALL_PMOE, at_least_one, environment_of, finish, make_parser, met
 from rich.table import Table
 
 from backdoorbench_moe.config import TrainSpec
@@ -87,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_side_by_side(count: int, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Train in `count` processes that start their clocks at the same time."""
+    """Train in `count` processes that start their clocks at the same time. Exits if one of them fails."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.SimpleQueue()
     options = (
@@ -102,10 +104,14 @@ def train_side_by_side(count: int, arguments: argparse.Namespace) -> list[dict[s
     ]
     for process in processes:
         process.start()
-    trainings = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return trainings
+    while waiting := [process for process in processes if process.is_alive()]:
+        wait([process.sentinel for process in waiting])
+        if any(process.exitcode for process in processes):
+            # The others would wait for it forever.
+            for process in waiting:
+                process.terminate()
+            sys.exit(f"error: {count} side by side: a training failed")
+    return [results.get() for _ in processes]
 
 
 def train(
@@ -193,7 +199,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     lines = [f"fastest in total: {best['side_by_side']} side by side"]
     alone = next((row for row in result["rows"] if row["side_by_side"] == 1), None)
     if alone and (result["model_size"], result["images"], result["epochs"]) == ("full", 50_000, 25):
-        lines.append(f"goal: {GOAL_SECONDS:g} s for one, {verdict(alone['seconds'] <= GOAL_SECONDS)}")
+        lines.append(f"goal: {GOAL_SECONDS:g} s for one, {met(alone['seconds'] <= GOAL_SECONDS)}")
     return lines
 
 

@@ -24,7 +24,9 @@ RUNS = 4  # Three attacks and their clean twin, a multiple of common numbers of 
 def main() -> None:
     """Measure and print."""
     parser = make_parser(__doc__)
-    parser.add_argument("--workers", type=at_least_one, default=2, help="number of parallel runs [2]")
+    parser.add_argument(
+        "--workers", type=int, choices=range(2, RUNS + 1), default=2, help="number of parallel runs [2]"
+    )
     parser.add_argument("--rounds", type=at_least_one, default=3, help="number of rounds [3]")
     parser.add_argument("--train-images", type=at_least_one, default=4000, metavar="N", help="[4000]")
     parser.add_argument("--epochs", type=at_least_one, default=5, help="[5]")

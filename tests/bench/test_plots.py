@@ -56,6 +56,14 @@ def test_two_cells_at_one_point_and_an_axis_that_cannot_be_are_refused(tmp_path)
         build_panels(results, Plot("p", x="trigger.name"))
 
 
+@pytest.mark.parametrize(("mean", "top"), [(90.0, 104), (130.0, 132)])
+def test_a_ratio_above_100_is_not_cut_off(mean, top) -> None:
+    panel = Panel("p", {"l": [Point(1.0, Statistic.of({0: mean}), None)]})
+    plot = Plot("p", metric="overall")
+    with drawing_style("p"):
+        assert build_figure([panel], plot, "paper").axes[0].get_ylim() == (-4, top)
+
+
 @pytest.mark.parametrize("form", ["svg", "png"])
 def test_the_same_bytes_twice(results, form) -> None:
     plot = results.suite.plots[0]

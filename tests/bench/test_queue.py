@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import yaml
-from fake_runs import PART, fill, part_suite
+from fake_runs import PART, fill, finished, part_suite
+from fake_runs import write as write_record
 from making import SIGNS, Inline
 
 from backdoorbench_moe.bench.running import worker
@@ -96,6 +97,23 @@ def test_a_budget_that_is_over_begins_nothing_but_saves_what_is_there(tmp_path) 
     assert (engine.jobs, told.outcomes, told.reports) == ([], [], 0)
     assert progress.saved == tmp_path / "results" / "part" and not progress.report.is_complete
     assert len(read_lines(progress.saved)) == progress.report.found > 0
+
+
+def test_seeds_beyond_those_of_the_suite_are_saved_and_kept(tmp_path) -> None:
+    """The suite has two seeds: an entry with three saves three, and a later one with one seed keeps them."""
+    file = tmp_path / "part.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in PART.items() if key != "plots"}))
+    fill(part_suite(), tmp_path / "runs", repeats=3)
+    for repeats, seeds in ((2, {0, 1}), (3, {0, 1, 2})):
+        [progress], *_ = make([Entry(str(file), repeats=repeats)], tmp_path, budget=1e-9)
+        assert progress.saved == tmp_path / "results" / "part"
+        assert {record.run_spec.seed for record in read_lines(progress.saved)} == seeds
+    last = part_suite().cells[-1].spec
+    write_record(tmp_path / "runs", finished(last))
+    [progress], *_ = make([Entry(str(file), repeats=1)], tmp_path, budget=1e-9)
+    kept = read_lines(progress.saved)
+    assert {record.run_spec.seed for record in kept} == {0, 1, 2} and last.digest in {r.digest for r in kept}
+    assert len(kept) == 7 * 3 + 3 + 1
 
 
 def test_the_root_is_given_to_data_sets_that_have_one() -> None:

@@ -265,6 +265,22 @@ def test_a_published_table_speaks_only_of_what_it_says(tmp_path) -> None:
         load_paper(tiny_suite(paper={"file": str(tmp_path / "bad.csv")}))
 
 
+@pytest.mark.parametrize("name", ["fine-tuning", "fine-pruning"])
+def test_a_table_of_undefended_models_is_not_compared_with_defended_ones(name) -> None:
+    """Tables 1 and 2 state no defense and no stage; Table 3 states both."""
+    part = {"name": name, **({"ratio": 0.2} if name == "fine-pruning" else {})}
+    grid = {"trigger": "square", "applicator": "patch", "poison.rate": "2%", "defenses": [[], [part]]}
+    base = {"recipe": "paper", "dataset": "cifar10"}
+    suite = tiny_suite(base=base, grid=grid, paper={"file": "badpatches_tables_1_2", "table": 1})
+    plain, defended = (cell.spec for cell in suite.cells)
+    paper = load_paper(suite)
+    assert [paper.value(plain, key) for key in ("asr", "pruned.asr", "task/1.asr")] == [100.0, None, None]
+    assert [paper.value(defended, key) for key in ("asr", "pruned.asr", "ba")] == [None] * 3
+    third = load_paper(tiny_suite(base=base, grid=grid, paper={"file": "badpatches_table_3"}))
+    assert third.value(plain, "asr") == 100.0
+    assert (third.value(defended, "asr") is not None) == (name == "fine-pruning")
+
+
 def test_only_matches_defenses_by_their_names() -> None:
     suite = load_suite("moevil-poisoned")
     aligned = suite.only(["defenses=align", "mixture.poisoned=1"])

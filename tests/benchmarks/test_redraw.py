@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.errors import RecordError
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +82,29 @@ def test_stale_drawings_are_redrawn_and_a_second_call_changes_nothing(
 def test_only_known_marked_tables_are_replaced(script) -> None:
     text = "a\n<!-- table1 -->\nold\n<!-- /table1 -->\nb\n<!-- fresh -->\nkept\n<!-- /fresh -->\n<!-- table1 -->\nx"
     assert script.redraw_page(text, {"table1": "new \\1\n"}) == text.replace("old\n", "new \\1\n")
+
+
+def test_a_row_of_table_1_is_shown_if_any_of_its_cells_was_run(script, copy) -> None:
+    drawn = script.BLOCKS["table1"](copy)
+    records = copy / TABLE_1 / "records.jsonl"
+    lines = records.read_text(encoding="utf-8").splitlines(keepends=True)
+    specs = [json.loads(line)["spec"] for line in lines]
+    blend = {"name": "blend", "ratio": 0.5}
+    gone = [spec.get("trigger") == blend and spec["applicator"]["name"] == "image" for spec in specs]
+    assert sum(gone) == 7
+    records.write_text(
+        "".join(line for line, out in zip(lines, gone, strict=True) if not out), encoding="utf-8"
+    )
+    without = script.BLOCKS["table1"](copy)
+    assert len(without.splitlines()) == len(drawn.splitlines()) == 2 + 6
+    assert without.count("missing<br>paper") == 3 and "| image | 0.5% | 19.1 ± 12.9" in without
+
+
+def test_small_tables_mark_models_near_chance(script) -> None:
+    whole_text = sys.modules["blocks"].whole_text
+    assert whole_text(Statistic.of({0: 100.0}, near_chance=1)) == "100†"
+    assert whole_text(Statistic.of({0: 90.0, 1: 94.0}, near_chance=1)) == "92 ± 3†"
+    assert whole_text(Statistic.of({0: 90.0, 1: 94.0})) == "92 ± 3"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -32,6 +33,13 @@ ENVIRONMENT_KEYS = {
     "sources",
     "threads",
 }
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The module `gpu.py`, which its processes can import."""
+    monkeypatch.syspath_prepend(str(SPEED))
+    return importlib.import_module("gpu")
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,6 +186,11 @@ def test_workers(tmp_path: Path) -> None:
     assert result["speedup"] == pytest.approx(result["seconds"]["1"] / result["seconds"]["2"])
 
 
+def test_one_worker_is_not_compared_with_itself() -> None:
+    done = call("workers.py", "--workers", "1")
+    assert done.returncode == 2 and "argument --workers: invalid choice: 1" in done.stderr
+
+
 @pytest.mark.slow
 def test_threads(tmp_path: Path) -> None:
     small = ("--busy", "1", "--train-images", "64", "--epochs", "1")
@@ -199,6 +212,21 @@ def test_gpu_script_on_a_cpu(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert row["seconds"] == max(row["seconds_each"])
         assert row["images_per_second"] == pytest.approx(row["side_by_side"] * 320 / row["seconds"])
+
+
+@pytest.mark.slow
+def test_gpu_script_ends_if_a_training_fails(gpu) -> None:
+    given = argparse.Namespace(model_size="nothing", images=8, epochs=1, device="cpu", compile=False)
+    with pytest.raises(SystemExit, match="2 side by side: a training failed"):
+        gpu.train_side_by_side(2, given)
+
+
+def test_the_goal_of_the_gpu_script_is_met_or_missed_in_plain_words(gpu) -> None:
+    row = {"side_by_side": 1, "seconds_a_training": 19.0, "seconds": 19.0}
+    result = {"rows": [row], "model_size": "full", "images": 50_000, "epochs": 25}
+    assert gpu.notes(result)[-1] == "goal: 20 s for one, met"
+    row["seconds"] = 21.0
+    assert gpu.notes(result)[-1] == "goal: 20 s for one, missed"
 
 
 @pytest.mark.slow

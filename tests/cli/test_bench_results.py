@@ -67,6 +67,32 @@ def test_save_then_draw_from_what_was_saved(place, tmp_path) -> None:
     assert "square" not in some.stdout
 
 
+def test_a_results_folder_is_drawn_with_all_of_its_seeds(tmp_path) -> None:
+    """The suite has two seeds per cell, the folder has three."""
+    place = tmp_path
+    suite = {key: value for key, value in PART.items() if key != "plots"}
+    (place / "part.yaml").write_text(yaml.safe_dump(suite))
+    fill(part_suite(), place / "runs", repeats=3)
+    saved = tmp_path / "results" / "part"
+    run(place, "table", "--repeats", "3", "--save", str(saved))
+    drawn = run(place, "table", "--from", str(saved), "--format", "markdown").stdout
+    assert drawn == (saved / "table.md").read_text() + "\n" and "(n 3)" in drawn
+    assert (
+        "(n 2)" in run(place, "table", "--from", str(saved), "--repeats", "2", "--format", "markdown").stdout
+    )
+    page = run(place, "page", "--from", str(tmp_path / "results")).stdout
+    assert "3 of 3" in page and "--repeats 3" in page
+    file = tmp_path / "report.html"
+    line = ["report", str(place / "part.yaml"), "--from", str(saved), "--save", str(file)]
+    assert CliRunner().invoke(bbmoe, line, catch_exceptions=False).exit_code == 0
+    assert "(n 3)" in file.read_text()
+    manifest = json.loads((saved / "suite.json").read_text())
+    for wrong in ("3", True, 0):
+        (saved / "suite.json").write_text(json.dumps({**manifest, "repeats": wrong}))
+        with pytest.raises(BbmoeError, match=r"suite\.json is damaged: repeats: expected an integer"):
+            run(place, "table", "--from", str(saved))
+
+
 @pytest.mark.slow
 def test_results_folders_beside_run_folders(place, tmp_path) -> None:
     saved, none = tmp_path / "r", ("--output", str(tmp_path / "none"))

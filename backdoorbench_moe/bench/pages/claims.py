@@ -14,7 +14,7 @@ from backdoorbench_moe.bench.suites.reading import check_metric, load_suite
 from backdoorbench_moe.bench.suites.suite import Cell, Suite, value_of
 from backdoorbench_moe.bench.tables.layout import label
 from backdoorbench_moe.bench.tables.render import markdown_row
-from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, read_manifest
+from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, with_seeds
 from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.bench.tables.wording import number, span
 from backdoorbench_moe.config import load_yaml
@@ -153,8 +153,7 @@ def _read(suite: Suite, folders: Path) -> ResultSet:
     folder = results_folder(suite, folders)
     if not (folder / MANIFEST).exists():
         return ResultSet.of(suite, [])
-    repeats = read_manifest(folder).get("repeats", suite.repeats)
-    return ResultSet.from_folder(suite.with_repeats(repeats), folder)
+    return ResultSet.from_folder(with_seeds(suite, None, folder), folder)
 
 
 def judge(claim: Claim, results: Sequence[ResultSet]) -> Verdict:

@@ -18,7 +18,7 @@ from backdoorbench_moe.bench.running.worker import Outcome
 from backdoorbench_moe.bench.save import save_results
 from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.bench.suites.suite import Suite, order
-from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, read_known
+from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, read_known, with_seeds
 from backdoorbench_moe.config import load_yaml
 from backdoorbench_moe.errors import ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.options import convert
@@ -46,7 +46,7 @@ class Entry:
 
     @cached_property
     def whole(self) -> Suite:
-        """The suite at its scale with all cells and seeds, as in its results folder."""
+        """The suite at its scale with all cells and its own number of seeds."""
         return load_suite(self.suite, self.scale)
 
     @cached_property
@@ -202,7 +202,10 @@ def save_new(entry: Entry, output: Path, results: Path, known: Mapping[str, Reco
     """Write the results folder of an entry's suite if it lacks a finished run, and return it; otherwise return None."""
     folder = entry.folder(results)
     there = read_known([folder]) if (folder / MANIFEST).exists() else {}
-    found = ResultSet.from_runs(entry.whole, output, {**known, **there})
+    # The entry, or the folder, may have more seeds than the suite.
+    several = (entry.whole, entry.part, with_seeds(entry.whole, None, folder))
+    suite = entry.whole.with_repeats(max(each.repeats for each in several))
+    found = ResultSet.from_runs(suite, output, {**known, **there})
     if all(record.digest in there for record in found.finished()):
         return None
     save_results(found, folder)

@@ -32,6 +32,8 @@ KEYS = {
 }
 # Columns whose value is computed; see `_computed`.
 COMPUTED = ("poison_rate_percent", "prune_rate_percent", "stage", "balance", "align", "defensive_expert")
+# Columns that state a defense, and the defense. Without such a column, a table is one of undefended models.
+DEFENSES = {"prune_rate_percent": "fine-pruning", "align": "align", "defensive_expert": "defensive-expert"}
 # Column of a table of shapes: the model on which a row was measured.
 BASE_MODEL = "base_model"
 # Text for a part that a spec does not have, such as an attack.
@@ -89,7 +91,10 @@ class PaperTable:
     def _texts(self, spec: RunSpec, metric: str, rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
         """Yield the text of a metric in the first of these rows that matches a spec, unless it is empty."""
         stage, _, name = metric.rpartition(".")
-        if not matches(spec, self.where or {}):
+        if not rows or not matches(spec, self.where or {}):
+            return
+        stated = {defense for column, defense in DEFENSES.items() if column in rows[0]}
+        if (stage and "stage" not in rows[0]) or any(part.name not in stated for part in spec.defenses):
             return
         expected: dict[str, Any] = {}
         for row in rows:

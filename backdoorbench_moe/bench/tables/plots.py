@@ -266,7 +266,9 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
     for axes in list(grid.flat)[: len(panels)][-grid.shape[1] :]:
         axes.set_xlabel(f"{axis_name(plot.x)}{unit}")
     if found.unit == PERCENT:
-        grid.flat[0].set_ylim(-4, 104)
+        means = [point.statistic.mean for point in _points(panels) if point.statistic]
+        # A ratio of two accuracies can exceed 100%.
+        grid.flat[0].set_ylim(-4, max([104, *(mean + 2 for mean in means)]))
 
 
 def _have_room(xs: Sequence[float], scale: str) -> bool:

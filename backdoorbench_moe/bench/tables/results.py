@@ -285,6 +285,31 @@ def check_manifest(suite: Suite, folder: Path) -> None:
         )
 
 
+def with_seeds(suite: Suite, repeats: int | None, folder: Path | None) -> Suite:
+    """Return a suite with a number of seeds per cell.
+
+    Args:
+        suite: The suite.
+        repeats: Number of seeds; None for that of the results folder, so that all of its runs are shown.
+        folder: A results folder of the suite; if it is None or does not exist, the suite keeps its own number.
+
+    Raises:
+        ConfigError: `repeats` is below 1.
+        RecordError: The manifest of the folder is damaged.
+    """
+    if repeats is not None:
+        return suite.with_repeats(repeats)
+    if folder is None or not (folder / MANIFEST).is_file():
+        return suite
+    found = read_manifest(folder).get("repeats", suite.repeats)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise RecordError(
+            f"results folder {folder}: {MANIFEST} is damaged: repeats: expected an integer of at least 1, "
+            f"got {found!r}"
+        )
+    return suite.with_repeats(found)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a results folder.
 

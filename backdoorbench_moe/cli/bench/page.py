@@ -15,7 +15,9 @@ DEFAULT_OUTPUT = Path("runs")
 
 @click.command("page")
 @click.argument("names", metavar="SUITE...", nargs=-1, required=True)
-@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [each suite's]")
+@click.option(
+    "--repeats", type=int, metavar="N", help="Seeds per cell.  [each suite's; with --from, each folder's]"
+)
 @click.option(
     "--output",
     type=PATH,
@@ -51,9 +53,10 @@ def command(
     detectors on clean models. Nothing is trained: unfinished runs are shown as missing.
     """
     from backdoorbench_moe.bench.pages.found import relative_link
-    from backdoorbench_moe.bench.pages.leaderboard import open_board
+    from backdoorbench_moe.bench.pages.leaderboard import open_board, results_folder
     from backdoorbench_moe.bench.pages.leaderboard_page import leaderboard_page
     from backdoorbench_moe.bench.suites.reading import load_suite, split_scale
+    from backdoorbench_moe.bench.tables.results import with_seeds
     from backdoorbench_moe.errors import ConfigError, RecordError
 
     if published is not None and folders is None:
@@ -62,7 +65,8 @@ def command(
         raise RecordError(f"--from {folders}: expected a folder of results folders, found none")
     given = [split_scale(text) for text in names]
     suites = [load_suite(name, scale) for name, scale in given]
-    suites = suites if repeats is None else [suite.with_repeats(repeats) for suite in suites]
+    places = [None if folders is None else results_folder(suite, folders) for suite in suites]
+    suites = [with_seeds(suite, repeats, place) for suite, place in zip(suites, places, strict=True)]
     board = open_board(suites, runs=output, folders=folders)
     start = Path.cwd() if save is None else save.parent
     options = {

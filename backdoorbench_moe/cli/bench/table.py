@@ -38,7 +38,9 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     metavar="KEY=VALUE,..",
     help="Only cells with these settings, by spec key; may be repeated.",
 )
-@click.option("--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's]")
+@click.option(
+    "--repeats", type=int, metavar="N", help="Seeds per cell.  [the suite's; with --from, the folder's]"
+)
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="Output format."
 )
@@ -64,7 +66,7 @@ def command(
     from dataclasses import replace
 
     from backdoorbench_moe.bench.suites.reading import load_suite
-    from backdoorbench_moe.bench.tables.results import ResultSet, read_known
+    from backdoorbench_moe.bench.tables.results import ResultSet, read_known, with_seeds
     from backdoorbench_moe.errors import ConfigError
 
     if save is not None and filters:
@@ -73,8 +75,7 @@ def command(
         )
     if source is not None and beside:
         raise ConfigError("--with: cannot be used with --from, as it adds to run folders")
-    suite = load_suite(name, scale)
-    suite = suite if repeats is None else suite.with_repeats(repeats)
+    suite = with_seeds(load_suite(name, scale), repeats, source)
     if source is not None:
         results = ResultSet.from_folder(suite, source)
     else:
