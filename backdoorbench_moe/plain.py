@@ -13,6 +13,10 @@ from typing import Any
 from backdoorbench_moe.errors import ConfigError
 
 PLAIN = (bool, int, float, str, type(None))
+# Settings have about 5 levels. Far more would exceed Python's recursion limit when they are merged or copied.
+MOST_LEVELS = 100
+# The anchors of a YAML file of a few lines can stand for more values than fit into memory.
+MOST_VALUES = 1_000_000
 
 
 def plain(value: Any) -> Any:
@@ -63,14 +67,40 @@ def check_plain(value: object, where: str) -> None:
         where: Name of the value in the error message.
 
     Raises:
-        ConfigError: The value cannot be written.
+        ConfigError: The value cannot be written, or has more than `MOST_LEVELS` levels or `MOST_VALUES` values.
     """
     try:
+        _count_values(value, MOST_LEVELS, {})
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{where}: expected strings, finite numbers, lists and mappings ({error})"
         ) from error
+
+
+def _count_values(value: object, levels: int, known: dict[tuple[int, int], int]) -> int:
+    """Number of values in a value of lists and mappings, where a list that occurs twice counts twice.
+
+    Args:
+        value: The value.
+        levels: Number of levels that are allowed.
+        known: The results so far, by the identity of the value and its number of levels: a value that occurs many times
+            is counted once for each level.
+
+    Raises:
+        ValueError: There are more levels, or more than `MOST_VALUES` values.
+    """
+    if not isinstance(value, dict | list | tuple):
+        return 1
+    if not levels:
+        raise ValueError(f"nested deeper than {MOST_LEVELS} levels")
+    if (found := known.get((id(value), levels))) is None:
+        items = value.values() if isinstance(value, dict) else value
+        found = 1 + sum(_count_values(item, levels - 1, known) for item in items)
+        if found > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
+        known[id(value), levels] = found
+    return found
 
 
 def _numpy(value: Any) -> Any:

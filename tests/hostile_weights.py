@@ -109,6 +109,12 @@ def self_referring() -> bytes:
     return saved(content)
 
 
+def nested_tuples(levels: int) -> bytes:
+    """A pickle of a dict whose keys and values are tuples, each of the previous one twice: 2**levels values."""
+    twice = b"h\x01h\x01\x86q\x01"
+    return b"\x80\x02}(K\x01\x85q\x01" + twice * levels + b"u."
+
+
 HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     # safetensors
     "header of gigabytes": ("a.safetensors", lambda f: safetensors({}, length=1 << 40)),
@@ -178,6 +184,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "pickle of nothing": ("a.pt", lambda f: with_pickle(b"")),
     "pickle of rubbish": ("a.pt", lambda f: with_pickle(b"\xff" * 1000)),
     "too many instructions": ("a.pt", lambda f: with_pickle(b"\x80\x02" + b"N0" * 300_000 + b"N.")),
+    "tuples that take forever to hash": ("a.pt", lambda f: with_pickle(nested_tuples(101))),
     "zip cut short": ("a.pt", lambda f: saved(GOOD)[:-30]),
     "numpy's zip": ("a.npz", lambda f: rezipped(lambda n, d: None, extra={"a.npy": b"x"})),
     "dict that contains itself": ("a.pt", lambda f: self_referring()),
@@ -196,6 +203,12 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "old: newer protocol that runs code": ("a.pth", lambda f: pickle.dumps(Runs(f), 4)),
     "old: storage of a terabyte": ("a.pth", lambda f: legacy(GOOD).replace(b"K\x06", b"J\xff\xff\xff\x7f")),
     "old: a number larger than the file": ("a.pth", lambda f: _legacy_number(1 << 70)),
+    "old: tuples that take forever to hash": (
+        "a.pth",
+        lambda f: (
+            b"".join(pickle.dumps(n, 2) for n in (0x1950A86A20F9469CFC6C, 1001, {})) + nested_tuples(101)
+        ),
+    ),
     "old: cut short": ("a.pth", lambda f: legacy(GOOD)[:-10]),
     "old: line without end": ("a.pth", lambda f: b"\x80\x02c" + b"a" * 20_000_000),
     # neither

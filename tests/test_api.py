@@ -32,7 +32,17 @@ def float64():
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def low_precision():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 CONTEXTS = {
+    "low precision": low_precision,
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "float64": float64,
@@ -121,6 +131,7 @@ def test_the_callers_settings_are_restored(name) -> None:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
+            torch.get_float32_matmul_precision(),
         )
 
     with default_torch_state():

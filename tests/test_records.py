@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hostile_weights import safetensors
 from safetensors import safe_open
 
 from backdoorbench_moe.config import build_spec
@@ -108,6 +110,18 @@ def test_a_compressed_file_of_an_unsupported_kind_is_damaged(folder, offset, byt
         folder.load_poison()
 
 
+def test_an_array_that_announces_more_than_memory_is_damaged(folder) -> None:
+    with (
+        zipfile.ZipFile(folder.path / "poison.npz", "w") as archive,
+        archive.open("indices.npy", "w") as file,
+    ):
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<i8", "fortran_order": False, "shape": (1 << 50,)}
+        )
+    with pytest.raises(RecordError, match="missing or damaged"):
+        folder.load_poison()
+
+
 def test_an_array_instead_of_a_compressed_file_is_damaged(folder) -> None:
     with (folder.path / "poison.npz").open("wb") as file:
         np.save(file, np.arange(5))
@@ -154,13 +168,18 @@ def test_equal_models_are_equal_files(folder) -> None:
     assert again == header and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk that is no model", b"\x80\x04\x95."])
+# The size is larger than any that torch takes; the file itself is sound.
+HUGE = safetensors({"a": {"dtype": "F32", "shape": [0, (1 << 64) - 1], "data_offsets": [0, 0]}})
+
+
+@pytest.mark.parametrize("content", [b"", b"junk that is no model", b"\x80\x04\x95.", HUGE])
 def test_model_files_are_safetensors_only(folder, content) -> None:
     with pytest.raises(RecordError, match="not found"):
         folder.load_tensors()
     (folder.path / "model.safetensors").write_bytes(content)
-    with pytest.raises(RecordError, match="expected a safetensors file"):
+    with pytest.raises(RecordError, match="expected a safetensors file") as caught:
         folder.load_tensors()
+    assert "\n" not in str(caught.value)
 
 
 def test_poison_indices(folder) -> None:

@@ -235,6 +235,7 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     from backdoorbench_moe.cli.terminal.streams import echo
     from backdoorbench_moe.engine.graph import in_order, lineage
     from backdoorbench_moe.engine.runner import Runner
+    from backdoorbench_moe.records import RunFolder
 
     runner = Runner(spec, output)
     spec = runner.workplace.resolve(spec)
@@ -249,7 +250,10 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
     if memory is not None and not as_json:
         echo(memory)
     for each in missing:
-        runner.maker(each)
+        maker = runner.maker(each)
+        # A run that was started does not need the file of its initial weights again.
+        if not RunFolder(output / each.name).exists:
+            maker.check_weights()
     print_plan(list(estimate(runs)), as_json=as_json)
 
 

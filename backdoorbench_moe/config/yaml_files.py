@@ -58,9 +58,9 @@ def load_yaml(path: Path) -> Values:
         raise ConfigError(f"config file {path}: {error.strerror}") from error
     except YAML_ERRORS as error:
         raise ConfigError(f"config file {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    check_plain(values, f"config file {path}")
     if not isinstance(values, dict):
         raise ConfigError.expected(f"config file {path}", "a mapping", values)
-    check_plain(values, f"config file {path}")
     return values
 
 
@@ -73,9 +73,9 @@ def parse_setting(text: str) -> Values:
         parsed = yaml.load(value, Loader=StrictLoader)
     except YAML_ERRORS as error:
         raise ConfigError.expected("--set", "a YAML value after '='", text) from error
-    check_plain(parsed, f"--set {key}")
     for name in reversed(key.split(".")):
         parsed = {name: parsed}
+    check_plain(parsed, f"--set {key}")
     return cast(Values, parsed)
 
 

@@ -42,7 +42,7 @@ from backdoorbench_moe.engine.run import (
 )
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import BbmoeWarning
+from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.records import RunFolder
 
 __all__ = ["Run", "Runner", "load_run", "run_attack", "run_defense", "run_import"]
@@ -210,7 +210,7 @@ class Runner:
         seen = set()
         for needed in (each for spec in specs for each in lineage(self.workplace.resolve(spec))):
             if needed.digest not in seen and not RunFolder(self.output / needed.name).exists:
-                MAKERS[kind_of(needed)](needed, self.workplace)
+                MAKERS[kind_of(needed)](needed, self.workplace).check_weights()
             seen.add(needed.digest)
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
@@ -293,9 +293,17 @@ class Runner:
         these are compared with the record.
 
         Raises:
-            RecordError: The data, the plug-ins, the defaults or the model file are not those of the record.
+            RecordError: The folder has the record of another run; or the data, the plug-ins, the defaults or the model
+                file are not those of the record.
         """
-        if not folder.exists or (record := folder.read()).status != "finished":
+        if not folder.exists:
+            return None
+        if (record := folder.read()).digest != spec.digest:
+            raise RecordError(
+                f"run folder {folder.path}: expected the run with the digest {spec.digest}, found that of "
+                f"{record.digest}; was it renamed?"
+            )
+        if record.status != "finished":
             return None
         run = Run(folder, record)
         check_plugins(folder, record)
@@ -303,4 +311,6 @@ class Runner:
         check_model(run)
         if not self.workplace.is_unchanged(record):
             check_data(folder, record, self.workplace.data)
+        # It is still there if the process was killed as soon as the run was finished.
+        folder.drop_checkpoint()
         return run

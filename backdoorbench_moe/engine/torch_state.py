@@ -12,9 +12,9 @@ import torch
 def default_torch_state() -> Iterator[None]:
     """Use PyTorch's defaults inside the block, whatever the caller has set; also a decorator.
 
-    Gradients are enabled, inference mode and autocast are off, the default dtype is float32 and the default device the
-    CPU. Otherwise, a call under `torch.no_grad()` could not train, and another default dtype would change the results.
-    The caller's settings are restored at the end.
+    Gradients are enabled, inference mode and autocast are off, the default dtype is float32, the default device the
+    CPU, and the precision of matrix products "highest". Otherwise, a call under `torch.no_grad()` could not train, and
+    another default dtype or precision would change the results. The caller's settings are restored at the end.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with contextlib.ExitStack() as stack:
@@ -26,8 +26,26 @@ def default_torch_state() -> Iterator[None]:
         if device.type != "cpu":
             # Only if necessary, since it slows down every call of a PyTorch function.
             stack.enter_context(torch.device("cpu"))
+        stack.enter_context(_highest_precision())
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _highest_precision() -> Iterator[None]:
+    """Undo `torch.set_float32_matmul_precision` inside the block."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except (
+        RuntimeError
+    ):  # The caller has set a precision for a single backend, which torch does not mix with this one.
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -35,8 +35,8 @@ RECORD, MODEL, TRIGGER, POISON, PROBE, SCORES, CHECKPOINT, LOCK = (
     ".lock",
 )
 # Errors of `np.load` for a damaged file: RuntimeError for zip features that are not supported, TypeError for an array
-# that is not in a zip file.
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TypeError, BadZipFile, zlib.error)
+# that is not in a zip file, MemoryError for a shape that the file announces, but does not contain.
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, TypeError, MemoryError, BadZipFile, zlib.error)
 
 
 class RunFolder:
@@ -245,8 +245,11 @@ class RunFolder:
             raise RecordError(f"checkpoint {file}: damaged; delete it to train from the start") from error
 
     def drop_checkpoint(self) -> None:
-        """Delete the checkpoint if it exists. Errors are ignored."""
+        """Delete the checkpoint, and model files that killed processes left half-written. Errors are ignored."""
         shutil.rmtree(self.path / CHECKPOINT, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for partial in self.path.glob(f".{MODEL}.*.partial"):
+                partial.unlink()
 
     @contextlib.contextmanager
     def lock(self, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
@@ -319,5 +322,7 @@ def _load_tensors(file: Path, what: str, *, weights: bool = True) -> tuple[dict[
         with safe_open(file, framework="pt") as opened:
             names = opened.keys() if weights else ()
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise RecordError(f"{what} {file}: expected a safetensors file: {error}") from error
+    # The library also raises Python's errors, such as TypeError for sizes that are no 64-bit integers.
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecordError(f"{what} {file}: expected a safetensors file: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -154,6 +155,15 @@ def _is_number(value: Any) -> bool:
 
 def _is_flat(scores: Any) -> bool:
     return isinstance(scores, dict) and all(map(_is_number, scores.values()))
+
+
+def is_epoch_row(row: object) -> bool:
+    """Whether a value is the row of an epoch in the history: the keys `EPOCH_KEYS`, with finite numbers."""
+    return (
+        isinstance(row, dict)
+        and row.keys() >= EPOCH_KEYS
+        and all(type(value) in (int, float) and math.isfinite(value) for value in row.values())
+    )
 
 
 def _find_damage(values: dict[str, Any]) -> str | None:

@@ -93,3 +93,12 @@ def test_a_sign_of_life_that_cannot_be_written_ends_no_training(tmp_path, monkey
     with pytest.raises(worker.StopRun):
         watch.on_step(32, 0.5)
     watch.clear()
+
+
+def test_a_folder_that_cannot_be_made_for_the_sign_ends_no_training(tmp_path) -> None:
+    """For example that of a run whose parent is trained first, on a disk that is full."""
+    (tmp_path / "runs").write_text("a file")
+    watch = worker._Watch(RunFolder(tmp_path / "runs" / "run"), None, lambda: True)
+    watch.on_train_start("run", epochs=3, done=0, images=96)
+    watch.on_step(32, 0.5)
+    watch.clear()

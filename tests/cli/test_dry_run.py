@@ -6,6 +6,8 @@ import functools
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from backdoorbench_moe.bench.running import estimate
 
@@ -114,3 +116,15 @@ def test_a_missing_file_of_weights_is_the_error_that_the_attack_would_end_with(b
         code, out, err = found
         assert (code, out) == (2, "") and err.startswith(f"bbmoe: error: weights {file}: {message}")
         assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_do_not_match_are_the_error_that_the_attack_would_end_with(bbmoe, tmp_path) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, file)
+    words = ["attack", *SMALL, "--trigger", "square", "--set", f"model.weights={file}", "--quiet"]
+    words += ["--output", tmp_path / "runs"]
+    found = bbmoe(*words, "--dry-run")
+    assert found == bbmoe(*words)
+    code, out, err = found
+    assert (code, out) == (2, "") and err.startswith(f"bbmoe: error: weights {file}: do not match the model")
+    assert not (tmp_path / "runs").exists()

@@ -201,6 +201,37 @@ def test_yaml_that_is_no_plain_value_is_refused(tmp_path, value) -> None:
         load_yaml(tmp_path / "run.yaml")
 
 
+@pytest.mark.parametrize("key", ["a" + 900 * ".a", "trigger" + 120 * ".a"])
+def test_settings_with_too_many_dots_are_refused(key) -> None:
+    with pytest.raises(ConfigError, match=r"--set .*nested deeper than 100 levels"):
+        build_spec(parse_setting(f"{key}=1"))
+
+
+def test_a_setting_may_have_as_many_levels_as_can_be_merged() -> None:
+    settings = parse_setting("a" + 98 * ".a" + "=[1]")
+    assert merge(settings, settings) == settings
+
+
+def test_a_few_lines_of_yaml_that_stand_for_billions_of_values_are_refused(tmp_path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 30)]
+    file, whole = tmp_path / "bomb.yaml", "\n".join(lines)
+    # Neither as a mapping nor as a list, which is no config file and must not be printed.
+    for text in (whole, f"[{{{', '.join(lines)}}}]"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="more than 1,000,000 values"):
+            load_yaml(file)
+    file.write_text("\n".join(lines[:4]))
+    assert len(load_yaml(file)["a3"]) == 9
+
+
+def test_a_list_that_contains_itself_is_refused(tmp_path) -> None:
+    file = tmp_path / "loop.yaml"
+    file.write_text("a: &a [1, *a]")
+    with pytest.raises(ConfigError, match="nested deeper than 100 levels"):
+        load_yaml(file)
+
+
 @pytest.mark.parametrize("rate", ["1/0%", "abc%", "nan%", "%", "1e9999999999%"])
 def test_a_percentage_that_is_none_is_refused(rate) -> None:
     with pytest.raises(ConfigError, match=r"poison\.rate: expected a number"):

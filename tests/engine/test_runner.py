@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tiny import TINY_MODEL, Tiny, count_hits, tiny_spec
 from tiny_runs import Counting, outcome
 
+from backdoorbench_moe import data
 from backdoorbench_moe.data import create_dataset
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine import run as engine_run
@@ -334,6 +335,83 @@ def test_a_damaged_checkpoint_is_said(tmp_path, state, extra) -> None:
     folder.save_checkpoint({**tensors, **extra}, state)
     with pytest.raises(RecordError, match=r"checkpoint: damaged .* delete it"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": "1"}, "finished epochs, found '1'"),
+        ({"epoch": -1}, "finished epochs, found -1"),
+        ({"epoch": 3}, "expected 1 to 2 finished epochs, found 3"),
+        ({"epoch": True}, "finished epochs, found True"),
+        ({"epoch": 2}, "one row of the history for each of 2 epochs"),
+        ({"history": "x"}, "one row of the history"),
+        ({"history": [3]}, "one row of the history"),
+        ({"history": [{"epoch": 1, "loss": 1.0}]}, "one row of the history"),
+        ({"history": None}, "one row of the history"),
+        ({"seconds": "1"}, "positive number of seconds, found '1'"),
+        ({"seconds": 0.0}, "positive number of seconds, found 0.0"),
+        ({"seconds": float("nan")}, "positive number of seconds, found nan"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_values_that_no_training_has_is_damaged(interrupted, change, message) -> None:
+    folder, tensors, state = interrupted
+    folder.save_checkpoint(tensors, {**state, **change})
+    with pytest.raises(RecordError, match=f"checkpoint: damaged .*{re.escape(message)}.*delete it"):
+        run_attack(tiny_spec(), output=folder.path.parent, twin=False)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that was interrupted after its first epoch, with its checkpoint."""
+    data.registry.register("tiny")(Tiny)
+    output = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        run_attack(tiny_spec(), output=output, twin=False, observer=Counting(stop_after=1))
+    data.registry.unregister("tiny")
+    folder = RunFolder(output / tiny_spec().name)
+    return folder, *folder.load_checkpoint()
+
+
+class Killed(BaseException):
+    """Ends a run at once, without any handling of exceptions, as SIGKILL does."""
+
+
+@pytest.mark.slow
+def test_what_killed_processes_leave_is_removed(tmp_path, monkeypatch) -> None:
+    """One was killed while it wrote the model, the next one as soon as the run was finished."""
+    spec = tiny_spec(train={"epochs": 1})
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFolder, "save_model", die)
+        run_attack(spec, output=tmp_path, twin=False)
+    folder = RunFolder(tmp_path / spec.name)
+    (folder.path / ".model.safetensors.123.partial").write_bytes(b"half")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFolder, "drop_checkpoint", die)
+        run_attack(spec, output=tmp_path, twin=False)
+    assert folder.read().status == "finished" and folder.load_checkpoint() is not None
+    run_attack(spec, output=tmp_path, twin=False)
+    names = sorted(path.name for path in folder.path.iterdir())
+    assert names == [".lock", "model.safetensors", "poison.npz", "record.json"]
+
+
+def test_the_folder_of_another_run_is_not_taken_for_this_one(tmp_path) -> None:
+    """Neither a finished run nor the checkpoint of another one, in a folder that was renamed."""
+    run_attack(tiny_spec(), output=tmp_path, twin=False)
+    other = tiny_spec(seed=1)
+    (tmp_path / tiny_spec().name).rename(tmp_path / other.name)
+    for status in ("finished", "interrupted"):
+        folder = RunFolder(tmp_path / other.name)
+        record = folder.read()
+        record.status = status
+        folder.write(record)
+        with pytest.raises(RecordError, match=f"digest {other.digest}, found that of {tiny_spec().digest}"):
+            run_attack(other, output=tmp_path, twin=False)
 
 
 @pytest.mark.slow

@@ -133,3 +133,12 @@ def test_a_header_of_many_tensors_is_read(tmp_path) -> None:
     }
     (tmp_path / "w.safetensors").write_bytes(safetensors(header, bytes(8_000)))
     assert len(read_weights(tmp_path / "w.safetensors").tensors) == 2_000
+
+
+def test_tuples_that_a_checkpoint_uses_again_are_read(tmp_path) -> None:
+    """Parameter groups of an optimizer often share their settings."""
+    betas = (0.9, (0.5, 0.999))
+    content = {"model": GOOD, "groups": [{"betas": betas, "range": (0, 10)} for _ in range(10_000)]}
+    for name, written in (("a.pt", saved(content)), ("b.pt", legacy(content))):
+        (tmp_path / name).write_bytes(written)
+        assert equal(read_weights(tmp_path / name).tensors)

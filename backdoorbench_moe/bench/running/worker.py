@@ -219,7 +219,6 @@ class _Watch(Observer):
 
     def on_train_start(self, name: str, *, epochs: int, done: int, images: int, noun: str = "image") -> None:
         """Note what is trained: the run itself, or before it has a folder, the run that it defends."""
-        self.folder.path.mkdir(parents=True, exist_ok=True)
         self._sign = {"epochs": epochs, "epoch": done, "images": images, "start": done}
         self._started, self._seen = time.time(), 0
         self._tell()
@@ -260,6 +259,7 @@ class _Watch(Observer):
         text = json.dumps({**self._sign, "seen": self._seen, "images_per_second": rate, "time": self._told})
         # A disk that is temporarily full must not end the training.
         with contextlib.suppress(RecordError, OSError):
+            self.folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 self.folder.path / LIFE_SIGN, lambda path: path.write_text(text, encoding="utf-8")
             )

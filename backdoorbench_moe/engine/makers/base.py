@@ -17,12 +17,12 @@ from backdoorbench_moe.engine.graph import PARENT, expert_role
 from backdoorbench_moe.engine.makers.fitting import Checkpoint
 from backdoorbench_moe.engine.measuring.evaluate import Metrics
 from backdoorbench_moe.engine.names import check_part_options, plugin_packages, plugin_sources
-from backdoorbench_moe.engine.progress.observer import StopRun
+from backdoorbench_moe.engine.progress.observer import Observer, StopRun
 from backdoorbench_moe.engine.provenance import backdoored
 from backdoorbench_moe.engine.run import Run, check_data, check_options, check_plugins
 from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.choice import make_setup
-from backdoorbench_moe.engine.weights.start import Start, check_start
+from backdoorbench_moe.engine.weights.start import Start, check_start, load_start
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
@@ -63,6 +63,16 @@ class Maker(ABC):
         self.start: Start | None = None
         self._is_prepared = False
         self._gate_shares: list[GateShares] = []
+
+    @final
+    def check_weights(self) -> None:
+        """Check that the file of initial weights, if there is one, matches the model, by loading it.
+
+        Raises:
+            RecordError: The file cannot be read or does not match the model.
+        """
+        if self.starts_from_file:
+            load_start(self.spec, self.setup.model, Observer())
 
     @final
     def prepare(self, inputs: Mapping[str, Run]) -> None:

@@ -22,6 +22,7 @@ from backdoorbench_moe.ops.augmentation import Augmentation
 from backdoorbench_moe.ops.seeding import generator, seeded
 from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.ops.tuning import Objective
+from backdoorbench_moe.records.reading import is_epoch_row
 
 SECONDS_BETWEEN_LOSSES = 1.0
 
@@ -252,8 +253,20 @@ class Trainer:
             if self.companion is not None:
                 _restore_optimizer(self.companion.optimizer, _part(tensors, "companion.optimizer."))
             self.progress = Progress(**state)
+            _check_progress(self.progress, self.spec.epochs)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise RecordError(f"checkpoint: damaged ({error}); delete it to train from the start") from error
+
+
+def _check_progress(progress: Progress, epochs: int) -> None:
+    """Raise ValueError unless the values are those after one of the epochs, since anyone may have written the file."""
+    rows, done, seconds = progress.history, progress.epoch, progress.seconds
+    if type(done) is not int or not 1 <= done <= epochs:
+        raise ValueError(f"expected 1 to {epochs} finished epochs, found {done!r}")
+    if type(seconds) is not float or not 0 < seconds < math.inf:
+        raise ValueError(f"expected a positive number of seconds, found {seconds!r}")
+    if not isinstance(rows, list) or len(rows) != done or not all(map(is_epoch_row, rows)):
+        raise ValueError(f"expected one row of the history for each of {done} epochs")
 
 
 def _flat(prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

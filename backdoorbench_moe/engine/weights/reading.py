@@ -53,6 +53,9 @@ REFUSED_OPCODES = (
     "BYTEARRAY8",
     "NEXT_BUFFER",
 )
+# Maximum number of values in all tuples that a pickle creates or uses again. Python hashes a tuple by hashing all its
+# values again, which takes forever if each of many tuples contains the previous one twice.
+MOST_IN_TUPLES = 10 * MOST_OPCODES
 # Number of pickles at the start of a file in the old format, before the storages. The first three are constants.
 LEGACY_PICKLES, LEGACY_CONSTANTS = 5, 3
 
@@ -231,10 +234,14 @@ def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
         content: The pickle; it is read up to its end.
         largest: The largest integer that is allowed; None for no limit.
     """
+    tuples = _Tuples()
     try:
         for number, (code, argument, _) in enumerate(pickletools.genops(content)):
             if number > MOST_OPCODES:
                 raise _refusal(file, f"its pickle has more than {MOST_OPCODES:,} instructions")
+            tuples.follow(code, argument)
+            if tuples.total > MOST_IN_TUPLES:
+                raise _refusal(file, f"its tuples have more than {MOST_IN_TUPLES:,} values; {ADVICE}")
             if code.name == "GLOBAL" and not ADMITTED.fullmatch(str(argument)):
                 raise _refusal(
                     file, f"contains {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
@@ -249,6 +256,54 @@ def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
                 )
     except (ValueError, EOFError, OverflowError, UnicodeDecodeError) as error:
         raise _refusal(file, f"is not a valid pickle: {_first_line(error)}") from error
+
+
+class _Tuples:
+    """Follows the stack of a pickle to count the values in its tuples.
+
+    Attributes:
+        total: Number of values in all tuples that were created or used again so far.
+    """
+
+    def __init__(self) -> None:
+        # The number of values in each tuple on the stack, including tuples in it; 1 for other values, None for marks.
+        self._stack: list[int | None] = []
+        self._memo: dict[Any, int] = {}
+        self.total = 0
+
+    def follow(self, code: pickletools.OpcodeInfo, argument: object) -> None:
+        """Follow an instruction. Raises ValueError if it takes values that were not created."""
+        if "PUT" in code.name or code.name == "MEMOIZE":
+            taken = self._take(["any"])
+            self._memo[len(self._memo) if argument is None else argument] = taken[0]
+            self._stack += taken
+        elif "GET" in code.name:
+            self._push(self._memo.get(argument, 1))
+        elif code.name == "MARK":
+            self._stack.append(None)
+        else:
+            taken = self._take([kind.name for kind in code.stack_before])
+            is_tuple = code.name.startswith("TUPLE") or code.name == "DUP"
+            for _ in code.stack_after:
+                self._push(1 + sum(taken) if is_tuple else 1)
+
+    def _push(self, values: int) -> None:
+        self._stack.append(values)
+        self.total += values if values > 1 else 0
+
+    def _take(self, kinds: list[str]) -> list[int]:
+        """Take values from the stack: all above the last mark if the kinds include one, and one for each other."""
+        taken: list[int] = []
+        if "mark" in kinds:
+            while (values := self._pop()) is not None:
+                taken.append(values)
+            kinds = kinds[: kinds.index("mark")]
+        return taken + [self._pop() or 1 for _ in kinds]
+
+    def _pop(self) -> int | None:
+        if not self._stack:
+            raise ValueError("an instruction takes a value that is not there")
+        return self._stack.pop()
 
 
 ADVICE = "save model.state_dict() with torch.save or safetensors"
