@@ -39,9 +39,8 @@ def _highest_precision() -> Iterator[None]:
     """Undo `torch.set_float32_matmul_precision` inside the block."""
     try:
         before = torch.get_float32_matmul_precision()
-    except (
-        RuntimeError
-    ):  # The caller has set a precision for a single backend, which torch does not mix with this one.
+    except RuntimeError:
+        # The caller has set a precision for a single backend, which torch does not mix with this one.
         yield
         return
     torch.set_float32_matmul_precision("highest")
