@@ -117,9 +117,11 @@ def whole_text(found: Statistic | None) -> str:
     return f"{number(found.mean, 0)}{spread}{MARK if found.near_chance else ''}"
 
 
-def stamping(root: Path) -> str:
+def stamping(root: Path, scale: str) -> str:
     """Draw the ASR of Table 1 at 0.5%, on the image and in every patch."""
-    return whole_table(root, "badpatches-table1/small", replace(BY_APPLICATOR, where={"poison.rate": 0.005}))
+    return whole_table(
+        root, f"badpatches-table1/{scale}", replace(BY_APPLICATOR, where={"poison.rate": 0.005})
+    )
 
 
 def small_recipe(root: Path) -> str:
@@ -303,7 +305,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "texts": texts,
     "texts-poisoned": texts_poisoned,
     "texts-tokens": texts_tokens,
-    "stamping": stamping,
+    "stamping": partial(stamping, scale="small"),
+    "stamping-medium": partial(stamping, scale="medium"),
     "small-recipe": small_recipe,
     "gtsrb": gtsrb,
     "dense": dense,

@@ -129,6 +129,14 @@ def test_an_array_instead_of_a_compressed_file_is_damaged(folder) -> None:
         folder.load_poison()
 
 
+@pytest.mark.parametrize("indices", [np.array([0.5]), np.array(["a"]), np.zeros((2, 2), np.int64)])
+def test_poison_indices_of_another_kind_are_refused(tmp_path, indices) -> None:
+    folder = RunFolder(tmp_path)
+    np.savez(tmp_path / "poison.npz", indices=indices)
+    with pytest.raises(RecordError, match="damaged: expected int64 indices"):
+        folder.load_poison()
+
+
 def test_what_is_no_run_folder_is_said_to_be_none(tmp_path) -> None:
     with pytest.raises(RecordError, match=r"expected a folder with a record\.json"):
         RunFolder(tmp_path / "none").read()

@@ -178,7 +178,13 @@ class RunFolder:
         arrays = self._load_arrays(POISON, "poison indices")
         if "indices" not in arrays:
             raise RecordError(f"poison indices {self.path / POISON}: missing or damaged (no 'indices' in it)")
-        return arrays.get(group, np.empty(0, np.int64))
+        found = arrays.get(group, np.empty(0, np.int64))
+        if found.ndim != 1 or found.dtype != np.int64:
+            raise RecordError(
+                f"poison indices {self.path / POISON}: damaged: expected int64 indices, found {found.dtype} of shape "
+                f"{found.shape} as {group!r}"
+            )
+        return found
 
     def save_scores(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Write scores of a defense that are too many for the record."""
