@@ -53,8 +53,8 @@ class TrainSpec:
         gamma: Factor of the learning rate at each milestone, in (0, 1].
         label_smoothing: Share of the label's probability that the cross-entropy spreads evenly over all classes, in
             [0, 1). Ignored by trainings with another loss.
-        clip_grad: Maximum norm of the gradient over all trained parameters, above 0; a larger gradient is scaled down
-            to it. None for no limit.
+        clip_grad: Maximum norm of the gradient over all parameters of the model, above 0; a larger gradient is scaled
+            down to it. None for no limit.
         freeze: Patterns for the names of parameters that are not trained, such as "network.layer1.*"; "*" matches any
             text. A batch norm whose parameters are all frozen also keeps its statistics. Attacks and defenses that
             fine-tune the model afterwards train these parameters as well.
