@@ -235,9 +235,8 @@ def test_a_folder_with_the_run_of_another_expert_is_noticed_before_anything_is_m
     first, second = (folder(output, part) for part in ("expert0-clean", "expert1-clean"))
     shutil.rmtree(first)
     shutil.copytree(second, first)
-    with pytest.raises(
-        RecordError, match=r"expert0-clean-.*: is not the finished run that is needed as the expert/0"
-    ):
+    message = r"expert0-clean-.*: expected the run with the digest .*, found that of .*; was it renamed\?"
+    with pytest.raises(RecordError, match=message):
         run_attack(mixture_spec(attack={"name": "hsft", "epochs": 1}), output=output)
     assert len([*output.iterdir()]) == 6
 
