@@ -102,3 +102,4 @@ def test_a_folder_that_cannot_be_made_for_the_sign_ends_no_training(tmp_path) ->
     watch.on_train_start("run", epochs=3, done=0, images=96)
     watch.on_step(32, 0.5)
     watch.clear()
+    assert (tmp_path / "runs").read_text() == "a file"
