@@ -1,8 +1,8 @@
 """Training speed of the toolbox, compared with a plain fp32 training loop and with the machine's matrix rate.
 
     python benchmarks/speed/training.py [--model small|full|preact_resnet18] [--batches N] [--rounds 5]
-                                        [--device cpu] [--precision avx2] [--threads 2] [--profile]
-                                        [--json FILE]
+                                        [--device cpu] [--precision avx2] [--threads 2] [--compile]
+                                        [--profile] [--json FILE]
 
 Both loops train from the same weights on the same random images, in batches of 128. The plain loop is in
 `training_loops.py`: float32, PyTorch's default memory format and torch.optim.SGD, with loss and hits read after every
@@ -13,7 +13,8 @@ that of products of 2048x2048 matrices in the toolbox's precision.
 Each loop runs in a separate process, in which the C library is set up as for a user: with its defaults for the plain
 loop, and as `bbmoe` sets it up for the toolbox. The loops run in turn. `--precision avx2` computes in fp32 with the
 kernels of a CPU without AVX-512. The loop "convolutions" computes only the model's convolutions, forward and backward;
-no training with these kernels can be faster.
+no training with these kernels can be faster. `--compile` adds the toolbox's loop with `torch.compile`, which needs a
+C++ compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +65,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32", "avx2"], default="auto")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the toolbox's loop with torch.compile"
+    )
     parser.add_argument("--profile", action="store_true", help="also profile the toolbox's loop")
     arguments = parser.parse_args()
     if arguments.precision == "avx2" and not AVX2_ONLY.items() <= os.environ.items():
@@ -80,6 +85,7 @@ def main() -> None:
             arguments.rounds,
             device,
             precision,
+            compile=arguments.compile,
         )
         for name in names
     }
@@ -100,22 +106,28 @@ def main() -> None:
 
 
 def measure(
-    name: str, batches: int, batch_size: int, rounds: int, device: torch.device, precision: str
+    name: str,
+    batches: int,
+    batch_size: int,
+    rounds: int,
+    device: torch.device,
+    precision: str,
+    *,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Time the loops and the matrix products in turn, on one model."""
     profile = profile_model(make_model(name, torch.device("cpu")), IMAGE_SIZE)
     # A step computes the forward product, and two more of the same size for the gradients of inputs and weights.
     flops = 2 * 3 * profile.multiply_adds
-    seconds: dict[str, list[float]] = {loop: [] for loop in loops_of(name)}
-    with runner(name, batches, batch_size, device, precision) as run:
+    loops = loops_of(name, compile)
+    seconds: dict[str, list[float]] = {loop: [] for loop in loops}
+    with runner(name, loops, batches, batch_size, device, precision) as (run, first):
         for _ in range(rounds):
             for loop, each in seconds.items():
                 each.append(run(loop))
     matrix = [2 * MATRIX**3 * PRODUCTS / each / 1e9 for each in seconds.pop("matrix")]
     rates = {loop: [batches * batch_size / each for each in taken] for loop, taken in seconds.items()}
-    speedups = [
-        ours / theirs for ours, theirs in zip(rates["toolbox"], rates[MODELS[name].beside], strict=True)
-    ]
+    speedups = _ratios(rates, "toolbox", MODELS[name].beside)
     shares = [flops * ours / 1e9 / machine for ours, machine in zip(rates["toolbox"], matrix, strict=True)]
     goals = MODELS[name].goals(precision)
     found = {"speedup": statistics.median(speedups), "matrix_share": statistics.median(shares)}
@@ -128,6 +140,8 @@ def measure(
         "rounds": rounds,
         "images_per_second": medians,
         "images_per_second_rounds": rates,
+        "warm_up_seconds": first,
+        "compiled_speedup": statistics.median(_ratios(rates, "compiled", "toolbox")) if compile else None,
         "gflops": {loop: flops * value / 1e9 for loop, value in medians.items()},
         **found,
         "goals": goals,
@@ -139,27 +153,38 @@ def measure(
     }
 
 
-def loops_of(name: str) -> tuple[str, ...]:
+def _ratios(rates: dict[str, list[float]], loop: str, other: str) -> list[float]:
+    """Return how many times as fast as another loop one is, in each round."""
+    return [one / two for one, two in zip(rates[loop], rates[other], strict=True)]
+
+
+def loops_of(name: str, compile: bool = False) -> tuple[str, ...]:
     """Return the loops that are timed on a model, as keys of `LOOPS`."""
-    return "toolbox", MODELS[name].beside, "convolutions", "matrix"
+    return "toolbox", *(["compiled"] if compile else []), MODELS[name].beside, "convolutions", "matrix"
 
 
 @contextmanager
 def runner(
-    model: str, batches: int, batch_size: int, device: torch.device, precision: str
-) -> Iterator[Callable[[str], float]]:
-    """Start a process for each loop and one for matrix products; yield a function that runs one of them for a round.
+    model: str,
+    loops: Sequence[str],
+    batches: int,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+) -> Iterator[tuple[Callable[[str], float], dict[str, float]]]:
+    """Start a process for each loop; yield a function that runs one of them for a round, and their warm-ups in seconds.
 
-    It returns the seconds of the round, while the other processes wait.
+    The function returns the seconds of the round, while the other processes wait.
     """
     context, ends, processes = multiprocessing.get_context("spawn"), {}, []
-    for loop in loops_of(model):
+    first: dict[str, float] = {}
+    for loop in loops:
         ends[loop], other = context.Pipe()
         given = (other, loop, model, batches, batch_size, str(device), precision, torch.get_num_threads())
         processes.append(context.Process(target=serve, args=given))
         processes[-1].start()
         other.close()
-        ends[loop].recv()  # One after the other, so that warm-ups do not slow each other down.
+        first[loop] = ends[loop].recv()  # One after the other, so that warm-ups do not slow each other down.
 
     def run(loop: str) -> float:
         ends[loop].send(None)
@@ -167,7 +192,7 @@ def runner(
         return seconds
 
     try:
-        yield run
+        yield run, first
     finally:
         for end in ends.values():
             end.close()
@@ -186,14 +211,15 @@ def serve(
     threads: int,
 ) -> None:
     """In a separate process: warm up, then run a round for each message and send its seconds."""
-    if name == "toolbox":
+    if name in ("toolbox", "compiled"):
         keep_freed_memory()
     torch.set_num_threads(threads)
     device = torch.device(where)
     split, order = make_data(batches, batch_size, device)
     loop = LOOPS[name](model, split, batch_size, device, precision)
+    start = time.perf_counter()
     warm_up(loop, order, device)
-    connection.send(None)
+    connection.send(time.perf_counter() - start)
     try:
         while True:
             connection.recv()
@@ -248,6 +274,11 @@ def notes(result: dict[str, Any]) -> list[str]:
             f"matrix rate {model['matrix_gflops']:,.0f} GFLOP/s"
         )
         goals = " and ".join(f"{key.replace('_', ' ')} {goal:g}" for key, goal in model["goals"].items())
+        if model["compiled_speedup"] is not None:
+            lines.append(
+                f"{name}: {model['compiled_speedup']:.2f} times as fast with torch.compile, whose first step took "
+                f"{model['warm_up_seconds']['compiled']:.0f} s"
+            )
         lines.append(f"{name}: goal {goals}: {'met' if model['goals_met'] else 'missed'}")
     return lines
 

@@ -1,4 +1,4 @@
-"""Loops timed by `training.py`: the toolbox's training step, two plain loops, convolutions, matrix products."""
+"""Loops timed by `training.py`: the toolbox's step, also compiled; two plain loops; convolutions; matrix products."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,11 +100,20 @@ def make_data(batches: int, batch_size: int, device: torch.device) -> tuple[Spli
     return Split(images, labels).to(device), order.split(batch_size)
 
 
-def toolbox_loop(name: str, split: Split, batch_size: int, device: torch.device, precision: str) -> Loop:
+def toolbox_loop(
+    name: str, split: Split, batch_size: int, device: torch.device, precision: str, *, compile: bool = False
+) -> Loop:
     """Return a loop with the steps of `engine.training.train`, without checkpoints and progress."""
     model, spec = make_model(name, device), TrainSpec(batch_size=batch_size, augment=MODELS[name].augment)
     trainer = Trainer(
-        model, split, spec, seed=0, device=device, precision=precision, on_checkpoint=lambda *_: None
+        model,
+        split,
+        spec,
+        seed=0,
+        device=device,
+        precision=precision,
+        on_checkpoint=lambda *_: None,
+        compile=compile,
     )
     model.train()
     if trainer.augmentation is not None:
@@ -240,6 +250,7 @@ def matrix_loop(_name: str, _split: Split, _batch_size: int, device: torch.devic
 
 LOOPS: dict[str, Callable[[str, Split, int, torch.device, str], Loop]] = {
     "toolbox": toolbox_loop,
+    "compiled": partial(toolbox_loop, compile=True),
     "plain": plain_loop,
     "loader": loader_loop,
     "convolutions": convolution_loop,

@@ -8,17 +8,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from backdoorbench_moe.api import make_spec
 from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.config import build_spec, merge, parse_setting
 from backdoorbench_moe.engine.runner import run_attack
+from backdoorbench_moe.engine.training import step
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 ENVIRONMENT_KEYS = {
@@ -109,6 +112,20 @@ def test_training_beside_a_loader(tmp_path: Path) -> None:
     found = result["models"]["preact_resnet18"]
     assert found["images_per_second"].keys() == {"toolbox", "loader", "convolutions"}
     assert found["parameters"] == 11_172_170 and found["goals"] == {"speedup": 1.3}
+
+
+def test_the_compiled_loop_is_timed_beside_the_toolboxs_and_trains_alike(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SPEED))
+    training, loops = (importlib.import_module(name) for name in ("training", "training_loops"))
+    assert training.loops_of("small", True) == ("toolbox", "compiled", "plain", "convolutions", "matrix")
+    compiled: list[Callable[..., Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    step._compiled_losses.cache_clear()
+    device = torch.device("cpu")
+    split, order = loops.make_data(1, 4, device)
+    losses = [loops.LOOPS[name]("small", split, 4, device, "fp32")(order) for name in ("toolbox", "compiled")]
+    step._compiled_losses.cache_clear()
+    assert losses[0] == losses[1] and compiled == [step.model_losses]
 
 
 @pytest.mark.slow
