@@ -66,6 +66,8 @@ NAMES = {
     "fine-tuning, epochs=20": "fine-tuning, 20 epochs",
     "fine-tuning, epochs=40": "fine-tuning, 40 epochs",
     "tile-tuning": "tile-tuning, 40 epochs",
+    "fine-tuning, epochs=40, lr=0.01": "the same with lr=0.01",
+    "tile-tuning, lr=0.01": "the same with lr=0.01",
     "neural-cleanse, applicator=patch": "Neural Cleanse in all tiles, 20 epochs",
 }
 ALIGNED = {
@@ -186,6 +188,12 @@ def tuned(root: Path) -> str:
     """Draw the ASR after short and long tuning, and after tuning on random tiles, on CIFAR-10."""
     layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_WITHOUT_NOISE)
     return whole_table(root, "knowing-attacker/small", layout)
+
+
+def removal(root: Path) -> str:
+    """Draw what it costs to remove the backdoor of every patch at scale medium."""
+    layout = Layout("", ("trigger.name", "defenses"), METRIC_COLUMNS, ("asr", "ba", "ra"), no_trigger=False)
+    return whole_table(root, "removal/medium", layout)
 
 
 def poisoned_expert(root: Path) -> str:
@@ -320,6 +328,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "defended-vmoe": defended_vmoe,
     "knowing": knowing,
     "tuned": tuned,
+    "removal": removal,
     "poisoned-expert": poisoned_expert,
     "claims": claims,
     "first-look": first_look,

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 FIRST_LOOK = "benchmarks/results/first-look"
 DEMO = "benchmarks/results/demo"
 TABLE_1 = "benchmarks/results/badpatches-table1/small"
-# Pages with a table of the one results folder.
-PAGES = {"README.md": "stamping", "benchmarks/README.md": "table1", "docs/pages/findings.md": "stamping"}
+# Pages with a block that is drawn from what `copy` has.
+PAGES = {"README.md": "demo", "benchmarks/README.md": "table1", "docs/pages/findings.md": "stamping"}
 PLUGIN = "plugins/bbmoe-vmoe/suites"
 LEADERBOARD = "docs/pages/assets/leaderboard.html"
 
