@@ -21,8 +21,8 @@ NOT_SHOWN = "the calibration did not show that the check tells attacked models f
 # Number of reasons that are stated first.
 MOST_REASONS = 3
 RULE = (
-    "The verdict is “signs of a backdoor” if at least one check is above its threshold. “No sign found” does not mean "
-    "that a model is clean."
+    "The verdict is “signs of a backdoor” if at least one check is above its threshold. Signs do not prove a backdoor: "
+    "clean models can have them, too. “No sign found” does not mean that a model is clean."
 )
 
 

@@ -126,7 +126,7 @@ def _run() -> int | str:
         )
         say(
             f"bbmoe: interrupted{name}; if a run was being trained, the same command continues it after its last "
-            "finished epoch (a defense: from the start)"
+            "finished epoch (a defense: from the start; an audit: with the missing checks)"
         )
         return 128 + number
     return 2

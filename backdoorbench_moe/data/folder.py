@@ -108,8 +108,12 @@ class Folder(Dataset):
         return root if root.is_dir() else None
 
     def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes, by number, without reading images."""
-        return _find_layout(data_root(self.root), LeftOut()).classes
+        """Return the names of the classes, by number, without reading images. Raises DataError if there are none."""
+        left_out = LeftOut()
+        layout = _find_layout(data_root(self.root), left_out)
+        if not layout.classes:
+            raise _no_images(layout.train, left_out)
+        return layout.classes
 
     def read(self) -> ImageSet:
         """List the files and decode those that are kept.
@@ -237,11 +241,13 @@ def _list_images(layout: Layout, folder: Path, left_out: LeftOut) -> Files:
         for path in find_images(folder / name, layout.root, left_out)
     ]
     if not files:
-        found = f" ({left_out})" if str(left_out) else ""
-        raise DataError(
-            f"--data-root (root=) {folder}: expected class folders with images, found none{found}"
-        )
+        raise _no_images(folder, left_out)
     return files
+
+
+def _no_images(folder: Path, left_out: LeftOut) -> DataError:
+    found = f" ({left_out})" if str(left_out) else ""
+    return DataError(f"--data-root (root=) {folder}: expected class folders with images, found none{found}")
 
 
 def _warn_of_choices(layout: Layout) -> None:

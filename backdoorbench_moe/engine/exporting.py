@@ -34,6 +34,8 @@ from backdoorbench_moe.records import RunFolder
 GROUPS = ("clean", "poison", "cover", "noise")
 FORMATS = ("png", "tensors")
 FILES_CHUNK = 256
+# What a network of timm has instead of the published stem, whose weights may have the same shapes.
+SMALL_STEM = "the first convolution is 3x3 with stride 1; a max pooling before any other stride is left out"
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ def _weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
         }
     if common.resize is not None:
         metadata |= {"resize": str(common.resize)}
+    if getattr(run.model(), "small_stem_weight", ""):
+        metadata |= {"small_stem": SMALL_STEM}
     return tensors, metadata
 
 

@@ -86,9 +86,20 @@ class TimmModel(nn.Module):
         self.network = _build(architecture, image_size=image_size, **options)
         # Name of the weight that published weights do not fit, for the error message.
         self.small_stem_weight = ""
+        # Why weights that fit may belong to the published stem: its convolution has this shape, too.
+        self.stem_doubt = ""
         if _wants_small_stem(architecture, self.network, image_size, small_stem):
+            published = _first_conv(self.network)
+            assert published is not None
+            shape, stride = published.weight.shape, max(published.stride)
             _shrink_stem(self.network)
             self.small_stem_weight = f"network.{_first_conv_name(self.network)}.weight"
+            if small_stem is None and shape[2:] == (3, 3):
+                self.stem_doubt = (
+                    f"model.small_stem: for images of at most {SMALL_IMAGE}x{SMALL_IMAGE}, the first convolution of "
+                    f"timm's {architecture!r} got stride 1 here, and the weights also fit the published stride "
+                    f"{stride}; set it to false if the model was trained with the published stem, otherwise to true"
+                )
         tokens = _patch_embed(self.network)
         if tokens is not None:
             self.patch_size = tokens.patch_size[0]

@@ -274,6 +274,19 @@ def test_weights_of_timm_are_exported_under_its_names(bbmoe, tmp_path) -> None:
     source.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     header = json.loads((tmp_path / "out" / "export.json").read_text())["model"]
     assert header["backdoored"] == "unknown" and json.loads(header["mean"]) == [0.485, 0.456, 0.406]
+    assert "small_stem" not in header
+
+
+def test_an_export_says_that_the_stem_is_not_the_published_one(bbmoe, tmp_path) -> None:
+    """The weights fit timm's network, which gives other logits with them."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "w.pth")
+    words = ["--model", "timm:test_resnet", "--set", "model.small_stem=true", "--quiet"]
+    assert bbmoe("import", tmp_path / "w.pth", *words, *DATA, "--output", tmp_path / "runs")[0] == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    assert bbmoe("export", folder, tmp_path / "out", "--weights-only")[0] == 0
+    header = json.loads((tmp_path / "out" / "export.json").read_text())["model"]
+    assert header["small_stem"].startswith("the first convolution is 3x3 with stride 1")
 
 
 def test_an_export_appears_whole_or_not_at_all(bbmoe, attacked, tmp_path, monkeypatch) -> None:

@@ -355,6 +355,12 @@ def test_class_names_need_no_image_to_be_read(tmp_path) -> None:
     assert create_dataset("folder", root=str(tmp_path)).class_names() == ("0", "2", "10")
 
 
+def test_a_folder_without_class_folders_has_no_class_names(tmp_path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    with pytest.raises(DataError, match=r"expected class folders with images, found none \(2 files left out"):
+        create_dataset("folder", root=str(tmp_path)).class_names()
+
+
 @pytest.mark.parametrize("way", ["itself", "parent", "each other"])
 def test_links_in_a_circle_are_said(tmp_path, way) -> None:
     fill(tmp_path / "cat" / "deep", range(3))

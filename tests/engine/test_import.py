@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -114,10 +116,12 @@ def test_it_is_defended_without_a_trigger(name, file, tmp_path) -> None:
     assert origin_of(again) == "unknown"
 
 
-def test_a_file_that_says_that_it_is_backdoored_is_believed(elsewhere, tmp_path) -> None:
-    for said, origin in (("true", "true"), ("false", "false"), ("no idea", "unknown")):
-        save_file(dict(elsewhere.state_dict()), tmp_path / f"{origin}.safetensors", {"backdoored": said})
-        run = run_import(imported(tmp_path / f"{origin}.safetensors"), output=tmp_path / origin)
+def test_a_file_that_says_that_it_is_backdoored_is_believed_and_one_that_says_clean_is_not(
+    elsewhere, tmp_path
+) -> None:
+    for said, origin in (("true", "true"), ("false", "unknown"), ("no idea", "unknown")):
+        save_file(dict(elsewhere.state_dict()), tmp_path / f"{said}.safetensors", {"backdoored": said})
+        run = run_import(imported(tmp_path / f"{said}.safetensors"), output=tmp_path / said)
         assert origin_of(run) == origin
 
 
@@ -297,3 +301,22 @@ def test_the_header_of_an_imported_model_file_says_unknown(file, tmp_path) -> No
     run = run_import(imported(file), output=tmp_path / "runs")
     with safe_open(run.folder.path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata()["backdoored"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "small_stem", "doubtful"),
+    [("test_resnet", None, True), ("test_resnet", False, False), ("test_resnet", True, False)],
+)
+def test_weights_that_fit_two_stems_are_warned_about(architecture, small_stem, doubtful, tmp_path) -> None:
+    """The published stem has 3x3 convolutions too, so that only the stride tells the two models apart."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model(architecture, num_classes=3).state_dict(), tmp_path / "w.pth")
+    options = {} if small_stem is None else {"small_stem": small_stem}
+    spec = imported(tmp_path / "w.pth", {"name": f"timm:{architecture}"}, **options)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("default")
+        run = run_import(spec, output=tmp_path / "runs")
+    found = [str(each.message) for each in given if "small_stem" in str(each.message)]
+    notes = [note for note in run.record.parts["model"]["start"]["notes"] if "small_stem" in note]
+    assert len(found) == len(notes) == int(doubtful)
+    assert all("the published stride 2; set it to false" in text for text in found)

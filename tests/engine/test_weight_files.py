@@ -97,7 +97,15 @@ def test_a_checkpoint_is_unwrapped_and_this_is_said(key, write, tmp_path) -> Non
     (tmp_path / "w.pth").write_bytes(write(content))
     found = read_weights(tmp_path / "w.pth")
     assert equal(found.tensors, model.state_dict())
-    assert found.notes == (f"the state dict is under the key {key!r}; 5 other keys not read",)
+    others = "optimizer, schedule, epoch, best, device"
+    assert found.notes == (f"the state dict is under the key {key!r}; not read: {others}",)
+
+
+def test_the_first_ten_keys_that_are_not_read_are_named(tmp_path) -> None:
+    content = {"state_dict": torch.nn.Linear(3, 2).state_dict(), "state_dict_ema": {}, "a\nb": 0}
+    (tmp_path / "w.pth").write_bytes(saved({**content, **dict.fromkeys("cdefghijkl", 0)}))
+    [note] = read_weights(tmp_path / "w.pth").notes
+    assert note.endswith(r"not read: state_dict_ema, 'a\nb', c, d, e, f, g, h, i, j and 2 more")
 
 
 def test_parameters_tied_weights_and_views_are_read(tmp_path) -> None:

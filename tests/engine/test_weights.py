@@ -166,11 +166,19 @@ def test_a_file_of_timm_itself_fits_and_gives_the_same_logits(architecture, tmp_
     options = {"small_stem": False} if architecture == "test_resnet" else {}
     model = create_model(f"timm:{architecture}", num_classes=6, image_size=160, **options).eval()
     notes = fit_weights(model, read_weights(tmp_path / "own.pth"))
-    assert notes == ("the state dict is under the key 'state_dict'; 1 other key not read",)
+    assert notes == ("the state dict is under the key 'state_dict'; not read: epoch",)
     images = torch.rand(2, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(model(images), source(images))
     assert fit(model, model.state_dict()) == ()
+
+
+def test_names_are_shown_as_in_the_file() -> None:
+    tensors = timm.create_model("test_resnet", num_classes=3).state_dict()
+    tensors["total_ops"] = tensors.pop("fc.bias")
+    model = create_model("timm:test_resnet", num_classes=3)
+    with pytest.raises(RecordError, match=r"1 missing: fc\.bias; 1 unexpected: total_ops$"):
+        fit_weights(model, Weights(Path("w.pt"), tensors, {}, ()))
 
 
 def test_a_smaller_stem_than_the_published_one_is_named() -> None:

@@ -81,10 +81,10 @@ def _rename(
         renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
         notes.append(f"the prefix {prefix!r} was removed from all names")
     published = getattr(model, "published_prefix", "")
-    if published and not any(name.startswith(published) for name in renamed):
-        renamed = {f"{published}{name}": tensor for name, tensor in renamed.items()}
+    added = "" if any(name.startswith(published) for name in renamed) else published
+    renamed = {f"{added}{name}": tensor for name, tensor in renamed.items()}
     if not isinstance(model, _Renames) or any(name in own for name in renamed):
-        return renamed, tuple(notes), str
+        return renamed, tuple(notes), lambda name: name.removeprefix(added)
     renamed = {model.own_name(name): tensor for name, tensor in renamed.items()}
     return renamed, tuple(notes), model.their_name
 

@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from backdoorbench_moe.errors import RecordError
-from backdoorbench_moe.wording.counting import count
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
@@ -37,6 +36,7 @@ MOST_MEMBERS = 200_000
 MOST_SHARED = 4
 # Keys under which training scripts save the state dict in a checkpoint.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+LISTED_KEYS = 10
 # The names in a pickle that a checkpoint of dense tensors needs.
 ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
@@ -329,13 +329,21 @@ def _unwrap(file: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
         found = (
             ", ".join(known)
             if known
-            else ", ".join(_short(str(key)) for key in list(content)[:10]) or "nothing"
+            else ", ".join(_short(str(key)) for key in list(content)[:LISTED_KEYS]) or "nothing"
         )
         raise _refusal(
             file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
         )
-    others = count(len(content) - 1, "other key")
-    return dict(content[known[0]]), (f"the state dict is under the key {known[0]!r}; {others} not read",)
+    return dict(content[known[0]]), (
+        f"the state dict is under the key {known[0]!r}{_not_read(content, known[0])}",
+    )
+
+
+def _not_read(content: Mapping[Any, Any], key: str) -> str:
+    """The other keys of a checkpoint, such as averaged weights (EMA), which are another model; "" if there are none."""
+    others = [_short(str(other)) for other in content if other != key]
+    more = f" and {len(others) - LISTED_KEYS} more" if len(others) > LISTED_KEYS else ""
+    return f"; not read: {', '.join(others[:LISTED_KEYS])}{more}" if others else ""
 
 
 def _checked(weights: Weights, size: int) -> Weights:

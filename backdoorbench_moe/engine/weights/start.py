@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +13,10 @@ from backdoorbench_moe import models
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.files import named_files, sha256_of
 from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.provenance import BACKDOORED, FALSE, TRUE, UNKNOWN
 from backdoorbench_moe.engine.weights.fitting import fit_weights
 from backdoorbench_moe.engine.weights.reading import check_weights, read_weights
-from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.paths import expand
 
 # Key of the file in a spec.
@@ -73,10 +76,25 @@ def load_start(spec: RunSpec, model: nn.Module, observer: Observer) -> Start | N
     file = expand(chosen.weights, KEY)
     weights = read_weights(file)
     notes = fit_weights(model, weights, head="keep" if spec.imported else chosen.head)
+    # Weights fit a convolution with another stride as well, but the model would be another one.
+    doubt = getattr(model, "stem_doubt", "")
     sha256 = sha256_of(file)
     if spec.files.get(KEY, sha256) != sha256:
         raise RecordError(f"{KEY}: {file} has changed while it was read")
     for note in notes:
         observer.on_message(f"{file.name}: {note}")
-    said = weights.metadata.get("backdoored", "")
-    return Start(sha256, said if said in ("true", "false") else "unknown", notes)
+    if doubt:
+        warnings.warn(
+            doubt, BbmoeWarning, stacklevel=1
+        )  # One place, so that a check before the run does not repeat it.
+        notes = (*notes, doubt)
+    return Start(sha256, _said(weights.metadata, imported=spec.imported), notes)
+
+
+def _said(metadata: Mapping[str, str], *, imported: bool) -> str:
+    """What the header of a file says about a backdoor: "true", "false" or "unknown".
+
+    Anyone can write "false" into a header, so it does not make an imported model a clean one.
+    """
+    said = metadata.get(BACKDOORED, UNKNOWN)
+    return said if said == TRUE or (said == FALSE and not imported) else UNKNOWN
