@@ -22,14 +22,7 @@ def model_file_options(*, required: bool) -> Callable[[Any], Any]:
             required=required,
             help="Model of the weights (see `bbmoe list models`), or timm:<architecture>.",
         ),
-        click.option(
-            "--mean",
-            metavar="R,G,B",
-            help="Normalisation of pixels in [0, 1]: mean, or a name such as imagenet.  [none]",
-        ),
-        click.option(
-            "--std", metavar="R,G,B", help="Normalisation: standard deviation; not needed with a name."
-        ),
+        *normalisation_options("none"),
         click.option(
             "--resize", type=int, metavar="PX", help="Height and width to which the model resizes its input."
         ),
@@ -45,6 +38,31 @@ def model_file_options(*, required: bool) -> Callable[[Any], Any]:
             help="Resize images of the data set to this height and width.",
         ),
     ]
+
+    return _adding(options)
+
+
+def normalisation_flags(default: str) -> Callable[[Any], Any]:
+    """Add the flags --mean and --std; `default` describes the normalisation without them."""
+    return _adding(normalisation_options(default))
+
+
+def normalisation_options(default: str) -> list[Callable[[Any], Any]]:
+    """Return the flags --mean and --std."""
+    return [
+        click.option(
+            "--mean",
+            metavar="R,G,B",
+            help=f"Normalisation of pixels in [0, 1]: mean, or a name such as imagenet.  [{default}]",
+        ),
+        click.option(
+            "--std", metavar="R,G,B", help="Normalisation: standard deviation; not needed with a name."
+        ),
+    ]
+
+
+def _adding(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Return a decorator that adds options to a command, in their order."""
 
     def add(function: Any) -> Any:
         for option in reversed(options):
@@ -70,8 +88,8 @@ def spec_of_file(
     """
     chosen = {
         "weights": str(weights),
-        "mean": _colour("--mean", flags["mean"]),
-        "std": _colour("--std", flags["std"]),
+        "mean": read_colour("--mean", flags["mean"]),
+        "std": read_colour("--std", flags["std"]),
         "resize": flags["resize"],
     }
     options = {name: value for name, value in chosen.items() if value is not None}
@@ -89,7 +107,7 @@ def spec_of_file(
     return spec
 
 
-def _colour(flag: str, text: str | None) -> str | list[float] | None:
+def read_colour(flag: str, text: str | None) -> str | list[float] | None:
     """Read three numbers separated by commas; any other text is a name, which the model's options check."""
     if text is None or not ("," in text or _is_number(text)):
         return text

@@ -311,7 +311,9 @@ def test_help_comes_after_commands_were_imported(bbmoe) -> None:
     assert code == 0 and "attack" in out
 
 
-def test_options_of_the_data_set_reach_the_import(bbmoe, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def imports(monkeypatch) -> list[dict[str, object]]:
+    """The options of every call of `import_backdoorbench`, which imports nothing here."""
     given: list[dict[str, object]] = []
 
     def import_backdoorbench(_: Path, **options: object) -> None:
@@ -319,7 +321,30 @@ def test_options_of_the_data_set_reach_the_import(bbmoe, tmp_path, monkeypatch) 
         raise ConfigError("nothing to import")
 
     monkeypatch.setattr("backdoorbench_moe.interop.importing.import_backdoorbench", import_backdoorbench)
+    return given
+
+
+def test_an_import_of_backdoorbench_takes_the_normalisations_of_other_imports(
+    bbmoe, tmp_path, imports
+) -> None:
     words = ("import", "backdoorbench", tmp_path, "--quiet")
+    bbmoe(*words, "--mean", "half")
+    bbmoe(*words, "--mean", "0,0.5,1", "--std", "1,2,3")
+    bbmoe(*words)
+    half = (0.5, 0.5, 0.5)
+    assert [each["normalisation"] for each in imports] == [(half, half), ([0, 0.5, 1], [1, 2, 3]), None]
+    for flags, said in (
+        (("--mean", "0,0"), "--mean: expected three numbers"),
+        (("--mean", "0,0,0"), "model.std: expected three numbers"),
+        (("--mean", "hlaf"), "did you mean 'half'"),
+    ):
+        code, _, err = bbmoe(*words, *flags)
+        assert code == 2 and said in err and err.count("\n") == 1
+    assert len(imports) == 3
+
+
+def test_options_of_the_data_set_reach_the_import(bbmoe, tmp_path, imports) -> None:
+    given, words = imports, ("import", "backdoorbench", tmp_path, "--quiet")
     bbmoe(*words, "--set", "dataset.train_images=100", "--set", "dataset.salt=2")
     bbmoe(*words)
     assert [each["data_options"] for each in given] == [{"train_images": 100, "salt": 2}, {}]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from backdoorbench_moe.cli.model_file import normalisation_flags, read_colour
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import chain_options
@@ -28,16 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "settings", multiple=True, metavar="dataset.KEY=VALUE", help="An option of the data set."
 )
-@click.option(
-    "--mean",
-    type=float,
-    nargs=3,
-    metavar="R G B",
-    help="Normalisation: mean of each channel.  [BackdoorBench's for the data set]",
-)
-@click.option(
-    "--std", type=float, nargs=3, metavar="R G B", help="Normalisation: standard deviation of each channel."
-)
+@normalisation_flags("BackdoorBench's for the data set")
 @click.option(
     "--output", type=PATH, default=Path("runs"), show_default=True, help="Folder for the run folder."
 )
@@ -52,8 +44,8 @@ def command(
     folder: Path,
     defense: str | None,
     data_root: str | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
+    mean: str | None,
+    std: str | None,
     dataset: str | None,
     settings: tuple[str, ...],
     output: Path,
@@ -67,8 +59,6 @@ def command(
     The file is read as data only: no code in it is executed and no path in it is followed. BA, ASR and RA are measured
     and compared with BackdoorBench's own numbers; a difference of more than half a percentage point is an error.
     """
-    if (mean is None) != (std is None):
-        raise click.UsageError("--mean and --std: expected both or neither")
     usage = CoreUsage.now()
     given = chain_options(settings)
     if others := sorted(given.keys() - {"dataset"}):
@@ -76,7 +66,10 @@ def command(
     options = given.get("dataset", {})
     from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.interop.importing import import_backdoorbench
+    from backdoorbench_moe.models.common import CommonOptions
 
+    colours = {flag: read_colour(f"--{flag}", text) for flag, text in (("mean", mean), ("std", std))}
+    normalisation = CommonOptions(**colours).normalisation  # type: ignore[arg-type]
     use_threads(threads, usage, device)
     imported = import_backdoorbench(
         folder,
@@ -84,7 +77,7 @@ def command(
         dataset=dataset,
         data_options=options,
         data_root=data_root,
-        normalisation=None if mean is None or std is None else (mean, std),
+        normalisation=normalisation,
         output=output,
         device=device,
         observer=make_observer(quiet=quiet),
