@@ -41,6 +41,15 @@ class WithoutNumber(LowLoss):
         return DefenseResult("judged", task.model, (judged,))
 
 
+class WritesToTheTrainingSet(LowLoss):
+    """Removes images by changing the tensors that it got."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Make ten images black."""
+        task.training_set.images[:10] = 0
+        return super().defend(task)
+
+
 class Centred(Defense):
     """Needs features, which not every model gives."""
 
@@ -69,6 +78,12 @@ def test_a_defense_that_uses_what_it_does_not_declare_fails(offer) -> None:
     offer(Undeclared)
     with pytest.raises(PluginError, match="uses 'losses', which is not declared"):
         test_defenses.test_a_model_is_refused_in_one_line_or_defended("own", "pmoe")
+
+
+def test_a_defense_that_writes_to_the_training_set_fails(offer) -> None:
+    offer(WritesToTheTrainingSet)
+    with pytest.raises(AssertionError, match="'training-set' were written to"):
+        test_defenses.test_a_model_is_refused_in_one_line_or_defended("own", "wide_resnet")
 
 
 def test_scores_that_are_no_numbers_fail(offer) -> None:
