@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from backdoorbench_moe import defenses
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.engine.measuring.samples import measure_samples
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.testing import making
@@ -138,6 +139,10 @@ def assert_defended(defense_name: str, model_name: str) -> None:
         scores = judgement.scores
         values = torch.tensor(list(scores.values())) if isinstance(scores, Mapping) else scores
         assert not isinstance(values, Tensor) or values.isfinite().all(), f"scores of {judgement.about}"
+    if (
+        "training-set" in defense.needs
+    ):  # Wrong numbers of scores and indices out of range raise a PluginError.
+        measure_samples(result.judgements, [{} for _ in result.judgements], None, len(task.training_set))
     assert all(parameter.requires_grad for parameter in result.model.parameters())
     assert not (left := hooked(result.model)), f"hooks are left on {left}"
     loaded = model_called(model_name)
@@ -173,10 +178,12 @@ def test_a_filter_judges_every_image_by_itself(defense_name: str, accepted: str)
         pytest.skip("not a filter")
     images = torch.randint(0, 256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(3)).byte()
     images[6] = images[0]
+    images[4], images[5] = 0, 255  # Scores of uniform images must be finite, too.
     kept, before = images.clone(), copies(task.model)
     judge = result.filter.judge
     scores = judge(images)
-    assert scores.shape == (7,) and scores.dtype.is_floating_point and scores.isfinite().all()
+    assert scores.shape == (7,) and scores.dtype.is_floating_point
+    assert scores.isfinite().all(), "the score of an image is not finite"
     assert scores[0] == pytest.approx(scores[6].item(), abs=1e-6) and len(set(scores.tolist())) > 3
     order = torch.tensor([3, 6, 1, 5, 0, 2, 4])
     torch.testing.assert_close(judge(images[order]), scores[order], atol=1e-5, rtol=0)
