@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import traceback
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
+from pathlib import PurePath
 
-from backdoorbench_moe.errors import PluginError
+from backdoorbench_moe.errors import BbmoeError, PluginError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.wording.spelling import near_names
 
@@ -140,6 +142,35 @@ def unmet_requirements(package: str) -> list[str]:
             except PackageNotFoundError:
                 missing.append(name[0])
     return missing
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an exception that ended a run.
+
+    Returns:
+        The message of a `BbmoeError`. For any other exception, its type and its message, and where in the code of a
+        third-party package it was raised, if it was.
+    """
+    if isinstance(error, BbmoeError):
+        return str(error)
+    place = raised_in(error)
+    return f"{type(error).__name__}: {error}" + (f" (raised in {place})" if place else "")
+
+
+def raised_in(error: Exception) -> str | None:
+    """Return the innermost function of a third-party package with parts that an exception passed; None if none.
+
+    Returns:
+        The function, the package and the line, such as "Stripes.stamp of bbmoe-stripes 0.1, bbmoe_stripes.py:12".
+    """
+    parts = [part for kind in GROUPS for part in discover(kind) if not part.builtin]
+    origins = {re.split("[.:]", part.target)[0]: part.origin for part in parts}
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        origin = origins.get(str(frame.f_globals.get("__name__")).partition(".")[0])
+        if origin is not None:
+            code = frame.f_code
+            return f"{code.co_qualname} of {origin}, {PurePath(code.co_filename).name}:{line}"
+    return None
 
 
 def _owner(point: EntryPoint) -> tuple[str, str]:

@@ -242,6 +242,8 @@ class Registry(Generic[T]):
         if fault := call_fault(part, given=self._given(part), needs=self.needs):
             return fault
         argument, options = getattr(part, "name_argument", None), list_options(part, given=self._given(part))
+        if "name" in options:
+            return f"{part.__name__}: option 'name': expected another name, since specs have that of the part there"
         if argument is not None and argument not in [*options]:
             return f"{part.__name__}: name_argument: expected the name of an option, got {argument!r}"
         return None

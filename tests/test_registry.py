@@ -67,6 +67,7 @@ def modules(tmp_path, monkeypatch) -> None:
         + "class Bare(Unfinished):\n    stamp = abs\n    def __init__(self, *, size=1, seed=0): ...\n"
         + "class Odd(Unfinished):\n    stamp = abs\n    def __init__(self, *, at: list[int] = [], seed: int = 0): ...\n"
         + "class Seedless(Unfinished):\n    stamp = abs\n    def __init__(self, *, size: int = 1): ...\n"
+        + "class Named(Unfinished):\n    stamp = abs\n    def __init__(self, *, name: str = '', seed: int = 0): ...\n"
         + "class Placed(Unfinished):\n    stamp = abs\n    def __init__(self, size, *, seed: int = 0): ...\n"
     )
     (tmp_path / "thirdparty_broken.py").write_text("import a_module_that_is_not_there\n")
@@ -128,6 +129,7 @@ def test_a_package_without_name_and_version_hides_no_other(tmp_path, metadata) -
         ),
         ("thirdparty_unfit:Odd", "Odd: option 'at': expected an annotation of .*, got list"),
         ("thirdparty_unfit:Seedless", "Seedless does not take seed; expected it as a keyword-only option"),
+        ("thirdparty_unfit:Named", "Named: option 'name': expected another name"),
         (
             "thirdparty_unfit:Placed",
             "Placed takes size as positional arguments; expected keyword-only options",

@@ -15,6 +15,7 @@ from backdoorbench_moe.cli.kind_names import ALL_KINDS
 from backdoorbench_moe.cli.terminal.signals import Terminated, interrupt_on_signals
 from backdoorbench_moe.cli.terminal.streams import give_up_stdout, prepare_streams, say
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning
+from backdoorbench_moe.plugins import describe_error, raised_in
 from backdoorbench_moe.process.allocator import keep_freed_memory
 from backdoorbench_moe.wording.spelling import near_names
 
@@ -90,8 +91,8 @@ def bbmoe() -> None:
 def main() -> None:
     """Run `bbmoe` and exit.
 
-    Errors of the user or the machine exit with code 2 and a one-line message, never a traceback. Signal N exits with
-    128 + N, such as 130 for Ctrl-C and 143 for SIGTERM. Other exit codes are those of the command.
+    Errors of the user, the machine or a plug-in exit with code 2 and a one-line message, never a traceback. Signal N
+    exits with 128 + N, such as 130 for Ctrl-C and 143 for SIGTERM. Other exit codes are those of the command.
     """
     keep_freed_memory()
     prepare_streams()
@@ -129,6 +130,11 @@ def _run() -> int | str:
             "finished epoch (a defense: from the start; an audit: with the missing checks)"
         )
         return 128 + number
+    except Exception as error:
+        # An error in the code of a plug-in is the author's to correct; any other is a defect of this package.
+        if raised_in(error) is None:
+            raise
+        say(f"bbmoe: error: {describe_error(error)}")
     return 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.errors import ShapeError, UnknownNameError
 from backdoorbench_moe.testing.making import batch, make
 from backdoorbench_moe.triggers.base import Trigger
+
+# Side in pixels. Triggers may refuse smaller canvases, see the canvases in `test_triggers`.
+SMALLEST_CANVAS = 4
 
 
 @pytest.fixture
@@ -22,6 +27,22 @@ def trigger(trigger_name: str) -> Trigger:
     return make("trigger", trigger_name, seed=7)
 
 
+def apply_or_skip(applicator: Applicator, images: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a trigger; skip the test if the trigger refuses canvases that are smaller than triggers have to support."""
+    sides = []
+
+    def watched(canvases: Tensor) -> Tensor:
+        sides.append(min(canvases.shape[-2:]))
+        return trigger(canvases)
+
+    try:
+        return applicator(images, watched)
+    except ShapeError:
+        if sides and min(sides) < SMALLEST_CANVAS:
+            pytest.skip(f"the trigger does not support canvases with a side of {min(sides)} pixels")
+        raise
+
+
 @pytest.mark.parametrize("canvas", [(4, 4), (8, 12), (32, 32), (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_shape_type_and_range(
@@ -29,7 +50,7 @@ def test_shape_type_and_range(
 ) -> None:
     images = batch(3, 3, *canvas, dtype=dtype)
     before = images.clone()
-    stamped = applicator(images, trigger)
+    stamped = apply_or_skip(applicator, images, trigger)
     assert (stamped.shape, stamped.dtype, stamped.device) == (images.shape, dtype, images.device)
     assert stamped.min() >= 0 and stamped.max() <= 1
     assert torch.equal(images, before), "the input was written to"
@@ -39,6 +60,29 @@ def test_shape_type_and_range(
 def test_the_trigger_is_applied(applicator: Applicator) -> None:
     """A trigger that sets everything to black sets at least one pixel to black."""
     assert (applicator(torch.ones(2, 3, 32, 32), torch.zeros_like) == 0).any()
+
+
+def test_random_values_come_from_its_seed(applicator_name: str) -> None:
+    """Two objects with the same options stamp the same, and torch's global generator is neither used nor seeded."""
+    images, stamped = batch(3, 3, 32, 32), []
+    for seed in (1, 2, 3, 4):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        stamped.append(make("applicator", applicator_name)(images, torch.zeros_like))
+        assert torch.equal(torch.get_rng_state(), state), "torch's own generator was used"
+    assert all(torch.equal(each, stamped[0]) for each in stamped), "draws at random, but not from its seed"
+
+
+def test_the_results_of_the_trigger_are_not_written_to(applicator: Applicator) -> None:
+    results = []
+
+    def trigger(canvases: Tensor) -> Tensor:
+        result = 1 - canvases
+        results.append((result, result.clone()))
+        return result
+
+    applicator(batch(2, 3, 32, 32), trigger)
+    assert all(torch.equal(*pair) for pair in results), "a result of the trigger was written to"
 
 
 def test_images_do_not_mix(applicator: Applicator, trigger: Trigger) -> None:

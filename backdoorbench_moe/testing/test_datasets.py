@@ -50,6 +50,20 @@ def test_both_splits_are_valid(dataset_name: str, root: Path) -> None:
         assert len(split.labels.unique()) >= 2
 
 
+def test_the_splits_share_no_memory(dataset_name: str, root: Path) -> None:
+    """A run changes some of the training images in place, and the test images must not change with them."""
+    images = loaded(dataset_name, root)
+    pairs = (images.train.images, images.test.images), (images.train.labels, images.test.labels)
+    for train, test in pairs:
+        if isinstance(train, torch.Tensor) and isinstance(test, torch.Tensor):
+            assert not overlap(train, test), "a test image or label is in the memory of a training one"
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two contiguous tensors have elements at the same address."""
+    return one.data_ptr() < other.data_ptr() + other.nbytes and other.data_ptr() < one.data_ptr() + one.nbytes
+
+
 def test_class_names_are_those_of_the_images(dataset_name: str, root: Path) -> None:
     assert create(dataset_name, root).class_names() == loaded(dataset_name, root).classes
 

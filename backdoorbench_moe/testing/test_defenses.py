@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from backdoorbench_moe import defenses
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.engine.measuring.samples import measure_samples
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.testing import making
 from backdoorbench_moe.testing.making import (
     changed,
@@ -100,6 +102,14 @@ def assert_refused(defense_name: str, model_name: str, error: ConfigError) -> No
     assert not changed(before, copies(model)) and not reported
 
 
+def splits_of(task: DefenseTask) -> Iterator[tuple[str, Split]]:
+    """Yield the images, or texts, that a task grants, with the name in `needs`."""
+    for need, given in task.granted.items():
+        for each in given if isinstance(given, list) else [given]:
+            if isinstance(each, Split):
+                yield need, each
+
+
 def assert_defended(defense_name: str, model_name: str) -> None:
     """Assert that a defense returns a finite model of the same architecture without hooks, and keeps the images.
 
@@ -107,8 +117,10 @@ def assert_defended(defense_name: str, model_name: str) -> None:
     """
     defense, model = build(defense_name), model_called(model_name)
     clean = text_split(24, 1) if model_name == TEXT_MIXTURE else coloured_split(24, 1)
-    before, images, labels = copies(model), clean.images.clone(), clean.labels.clone()
+    before = copies(model)
     task, reported = make_task(defense, model, model_name, clean=clean)
+    granted = list(splits_of(task))
+    kept = [(split.images.clone(), split.labels.clone()) for _, split in granted]
     settings = global_settings()
     result = defense(task)
     assert global_settings() == settings, "a global setting of torch was changed"
@@ -118,15 +130,19 @@ def assert_defended(defense_name: str, model_name: str) -> None:
         k: (v.shape, v.dtype) for k, v in before.items()
     }
     assert all(tensor.isfinite().all() for tensor in after.values())
-    assert torch.equal(clean.images, images) and torch.equal(clean.labels, labels), (
-        "the images were written to"
-    )
+    for (need, split), (images, labels) in zip(granted, kept, strict=True):
+        same = torch.equal(split.images, images) and torch.equal(split.labels, labels)
+        assert same, f"the images or labels of {need!r} were written to"
     names = [stage for stage, _ in reported] + [result.stage]
     assert len(set(names)) == len(names) and "before" not in names
     for judgement in result.judgements:
         scores = judgement.scores
         values = torch.tensor(list(scores.values())) if isinstance(scores, Mapping) else scores
         assert not isinstance(values, Tensor) or values.isfinite().all(), f"scores of {judgement.about}"
+    if (
+        "training-set" in defense.needs
+    ):  # Wrong numbers of scores and indices out of range raise a PluginError.
+        measure_samples(result.judgements, [{} for _ in result.judgements], None, len(task.training_set))
     assert all(parameter.requires_grad for parameter in result.model.parameters())
     assert not (left := hooked(result.model)), f"hooks are left on {left}"
     loaded = model_called(model_name)
@@ -162,10 +178,12 @@ def test_a_filter_judges_every_image_by_itself(defense_name: str, accepted: str)
         pytest.skip("not a filter")
     images = torch.randint(0, 256, (7, 3, 32, 32), generator=torch.Generator().manual_seed(3)).byte()
     images[6] = images[0]
+    images[4], images[5] = 0, 255  # Scores of uniform images must be finite, too.
     kept, before = images.clone(), copies(task.model)
     judge = result.filter.judge
     scores = judge(images)
-    assert scores.shape == (7,) and scores.dtype.is_floating_point and scores.isfinite().all()
+    assert scores.shape == (7,) and scores.dtype.is_floating_point
+    assert scores.isfinite().all(), "the score of an image is not finite"
     assert scores[0] == pytest.approx(scores[6].item(), abs=1e-6) and len(set(scores.tolist())) > 3
     order = torch.tensor([3, 6, 1, 5, 0, 2, 4])
     torch.testing.assert_close(judge(images[order]), scores[order], atol=1e-5, rtol=0)

@@ -146,17 +146,22 @@ def test_it_is_measured_on_a_sample_of_each_kind(monkeypatch) -> None:
     assert shown - set(range(20)) - set(range(100, 120)), "not the first ones"
 
 
+def nan_once(images: Tensor) -> Tensor:
+    """Scores of which the first is not a number."""
+    return torch.tensor([torch.nan, *[0.0] * (len(images) - 1)])
+
+
 BAD = {
-    "too few": lambda images: torch.zeros(len(images) - 1),
-    "a column": lambda images: torch.zeros(len(images), 1),
-    "not a number": lambda images: torch.full((len(images),), torch.nan),
-    "a list": lambda images: [0.0] * len(images),
+    "too few": (lambda images: torch.zeros(len(images) - 1), r"\(3,\), 3 of them finite"),
+    "a column": (lambda images: torch.zeros(len(images), 1), r"\(4, 1\), 4 of them finite"),
+    "one not a number": (nan_once, r"\(4,\), 3 of them finite"),
+    "a list": (lambda images: [0.0] * len(images), r"\[0.0, 0.0, 0.0, 0.0\]"),
 }
 
 
-@pytest.mark.parametrize("judge", BAD.values(), ids=BAD.keys())
-def test_scores_that_are_none_are_refused(judge) -> None:
-    with pytest.raises(PluginError, match="filter: expected a finite score for each of 4 images, got"):
+@pytest.mark.parametrize(("judge", "got"), BAD.values(), ids=BAD.keys())
+def test_scores_that_are_none_are_refused(judge, got) -> None:
+    with pytest.raises(PluginError, match=f"filter: expected a finite score for each of 4 images, got {got}"):
         measure(table([(0, 0, 0)] * 4), None, judge, 0.5)
 
 
@@ -180,6 +185,22 @@ def test_a_filter_without_a_threshold_is_a_fault_of_the_defense(tmp_path, offer,
     [parent] = [Runner(tiny_spec(), tmp_path).finish(tiny_spec())]
     with pytest.raises(PluginError, match="threshold: expected a finite number"):
         run_defense(parent, PartSpec("half", {"at": at}))
+
+
+class Nan(Half):
+    """A filter whose scores are not numbers."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Filter nothing."""
+        judge = Judgement("input", "high", threshold=0.5, judge=nan_once)
+        return DefenseResult("filtered", task.model, (judge,))
+
+
+def test_a_filter_without_scores_is_a_fault_of_the_named_defense(tmp_path, offer) -> None:
+    offer("nan", Nan)
+    [parent] = [Runner(tiny_spec(), tmp_path).finish(tiny_spec())]
+    with pytest.raises(PluginError, match=r"^defense 'nan': filter: expected a finite score"):
+        run_defense(parent, PartSpec("nan", {}))
 
 
 @pytest.mark.slow

@@ -261,7 +261,7 @@ def test_a_part_that_raises_leaves_a_record_that_says_so(tmp_path, monkeypatch) 
     with pytest.raises(RuntimeError, match="from a plug-in"):
         run_attack(tiny_spec(), output=tmp_path, twin=False)
     record = load_run(tmp_path / tiny_spec().name).record
-    assert (record.status, record.error) == ("failed", "from a plug-in")
+    assert (record.status, record.error) == ("failed", "RuntimeError: from a plug-in")
 
 
 def test_a_last_batch_of_one_image_is_explained(tmp_path) -> None:

@@ -41,6 +41,48 @@ class WithoutNumber(LowLoss):
         return DefenseResult("judged", task.model, (judged,))
 
 
+class TooFewScores(LowLoss):
+    """Has no score for the last image."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Judge the other training samples."""
+        losses = task.losses(task.model, task.training_set)
+        return DefenseResult("judged", task.model, (Judgement("sample", "low", scores=-losses[:-1]),))
+
+
+class SuspectsWhatIsNotThere(LowLoss):
+    """Reports an image beyond the last one."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Judge it."""
+        suspicious = torch.tensor([len(task.training_set)])
+        judged = Judgement("sample", "low", suspicious=suspicious)
+        return DefenseResult("judged", task.model, (judged,))
+
+
+class FailsForBlack(Defense):
+    """A filter that divides zero by zero for a black image."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Score an image by its red share."""
+
+        def judge(images: torch.Tensor) -> torch.Tensor:
+            sums = images.double().sum((2, 3))
+            return sums[:, 0] / sums.sum(1)
+
+        judged = Judgement("input", "red", threshold=0.5, judge=judge)
+        return DefenseResult("filtered", task.model, (judged,))
+
+
+class WritesToTheTrainingSet(LowLoss):
+    """Removes images by changing the tensors that it got."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Make ten images black."""
+        task.training_set.images[:10] = 0
+        return super().defend(task)
+
+
 class Centred(Defense):
     """Needs features, which not every model gives."""
 
@@ -69,6 +111,31 @@ def test_a_defense_that_uses_what_it_does_not_declare_fails(offer) -> None:
     offer(Undeclared)
     with pytest.raises(PluginError, match="uses 'losses', which is not declared"):
         test_defenses.test_a_model_is_refused_in_one_line_or_defended("own", "pmoe")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (TooFewScores, "expected a finite score for each of 48 training images, got 47"),
+        (SuspectsWhatIsNotThere, r"expected indices in 0\.\.47, got \[48\]"),
+    ],
+)
+def test_judgements_that_are_not_about_the_training_set_fail(offer, part, message) -> None:
+    offer(part)
+    with pytest.raises(PluginError, match=message):
+        test_defenses.test_a_model_is_refused_in_one_line_or_defended("own", "wide_resnet")
+
+
+def test_a_filter_without_a_score_for_a_black_image_fails(offer) -> None:
+    offer(FailsForBlack)
+    with pytest.raises(AssertionError, match="the score of an image is not finite"):
+        test_defenses.test_a_filter_judges_every_image_by_itself("own", "wide_resnet")
+
+
+def test_a_defense_that_writes_to_the_training_set_fails(offer) -> None:
+    offer(WritesToTheTrainingSet)
+    with pytest.raises(AssertionError, match="'training-set' were written to"):
+        test_defenses.test_a_model_is_refused_in_one_line_or_defended("own", "wide_resnet")
 
 
 def test_scores_that_are_no_numbers_fail(offer) -> None:

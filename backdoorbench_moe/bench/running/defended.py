@@ -27,7 +27,8 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, spec_to_defend
 from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.choice import make_setup
-from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.records.status import status_of
 
@@ -201,10 +202,8 @@ def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """Return the message of an error without the name of the defense; for foreign errors, with the type."""
-    if not isinstance(error, BbmoeError):
-        return f"{type(error).__name__}: {error}"
-    return str(error).removeprefix(f"defense {name!r}: ").removeprefix(f"{name}: ")
+    """Return the description of an error (see `plugins.describe_error`) without the name of the defense."""
+    return describe_error(error).removeprefix(f"defense {name!r}: ").removeprefix(f"{name}: ")
 
 
 def _rank(run: Defended, judged: int) -> tuple[bool, float, str]:

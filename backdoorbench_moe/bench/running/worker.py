@@ -18,7 +18,8 @@ from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
 from backdoorbench_moe.config import RunSpec, spec_from_dict
 from backdoorbench_moe.engine.progress.observer import Observer, StopRun
 from backdoorbench_moe.engine.runner import Runner
-from backdoorbench_moe.errors import BbmoeError, RecordError
+from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.process.signal_handlers import is_importing
 from backdoorbench_moe.records import Record, RunFolder, write_atomically
 from backdoorbench_moe.records.status import is_held
@@ -108,8 +109,7 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
         return Outcome(spec.name, "interrupted")
     except Exception as error:
         # Catch any error, including those of plug-ins: the other runs of the suite must continue.
-        message = f"{type(error).__name__}: {error}" if not isinstance(error, BbmoeError) else str(error)
-        return job.fail(message)
+        return job.fail(describe_error(error))
     finally:
         _working = False
         watch.clear()

@@ -26,6 +26,7 @@ from backdoorbench_moe.engine.weights.start import Start, check_start, load_star
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
+from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import GateShares, Input, Record, RunFolder
 
 # Purposes of the seeds that are derived from the run's seed and recorded.
@@ -127,7 +128,7 @@ class Maker(ABC):
             raise
         except Exception as error:
             # Any exception, including those of plug-ins, since the record must not keep the status "running".
-            record.status, record.error = "failed", str(error) or type(error).__name__
+            record.status, record.error = "failed", describe_error(error) or type(error).__name__
             folder.write(record)
             raise
         assert self.required_metrics() <= record.metrics.keys(), "the maker left out a metric"

@@ -37,7 +37,7 @@ from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import ConfigError, PluginError
+from backdoorbench_moe.errors import ConfigError, PluginError, naming
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
 from backdoorbench_moe.ops.stored_images import replaced
@@ -232,7 +232,8 @@ class DefenseMaker(Maker):
             raise PluginError(f"defense {spec.defenses[-1].name!r}: expected no filter of inputs for texts")
         metrics = self.measure(kept[:-1], recovery=True)
         workplace.observer.on_message(f"measuring the filter of {spec.defenses[-1].name}")
-        with reproducible(workplace.device), seeded(self.seed, "filter noise"):
+        naming_it = naming(f"defense {spec.defenses[-1].name!r}")
+        with naming_it, reproducible(workplace.device), seeded(self.seed, "filter noise"):
             filtered = measure_filtered(
                 kept[-1],
                 setup.test,

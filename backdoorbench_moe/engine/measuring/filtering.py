@@ -106,8 +106,14 @@ def _score(judge: Callable[[Tensor], Tensor], images: Tensor, seed: int) -> Tens
         found = judge(images[indices.to(images.device)])
         if not isinstance(found, Tensor) or found.shape != indices.shape or not found.isfinite().all():
             raise PluginError(
-                f"filter: expected a finite score for each of {len(indices)} images, "
-                f"got {tuple(found.shape) if isinstance(found, Tensor) else found!r}"
+                f"filter: expected a finite score for each of {len(indices)} images, got {_describe(found)}"
             )
         scores[indices] = found.detach().to("cpu", torch.float64)
     return scores
+
+
+def _describe(scores: object) -> str:
+    """Describe scores that are not valid: their shape, and how many are finite."""
+    if not isinstance(scores, Tensor):
+        return repr(scores)
+    return f"{tuple(scores.shape)}, {int(scores.isfinite().sum())} of them finite"

@@ -1,0 +1,79 @@
+"""An exception in the code of a plug-in is described in one line that names the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from third_party import bbmoe, put_package
+
+from backdoorbench_moe import plugins
+from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.plugins import Candidate, describe_error, raised_in
+
+RAISES = """\
+from backdoorbench_moe.triggers.base import Trigger
+
+
+class Raises(Trigger):
+    def stamp(self, images):
+        return images * {}["strength"]
+"""
+
+
+def caught(code: str, module: str) -> Exception:
+    """Run code as that of a module, and return the exception that it raises."""
+    try:
+        exec(compile(code, f"/somewhere/{module}.py", "exec"), {"__name__": module})
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the package `raising` known, with a trigger in its module `raising.parts`."""
+    part = Candidate("trigger", "raises", "raising.parts:Raises", "bbmoe-raising", "0.3")
+    monkeypatch.setattr(plugins, "discover", lambda kind: [part] if kind == "trigger" else [])
+
+
+CODE = "def stamp():\n    return {}['strength']\n\n\nstamp()\n"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("module", "file"), [("raising.parts", "raising.parts.py"), ("raising", "raising.py")]
+)
+def test_the_function_the_package_and_the_line_are_named(module: str, file: str) -> None:
+    place = f"stamp of bbmoe-raising 0.3, {file}:2"
+    assert raised_in(caught(CODE, module)) == place
+    assert describe_error(caught(CODE, module)) == f"KeyError: 'strength' (raised in {place})"
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_the_package_calls_is_attributed_to_it() -> None:
+    assert raised_in(caught("import json\njson.loads('{')\n", "raising")) == (
+        "<module> of bbmoe-raising 0.3, raising.py:2"
+    )
+
+
+@pytest.mark.usefixtures("installed")
+def test_other_errors_are_not_attributed_to_a_package() -> None:
+    assert describe_error(caught(CODE, "raising_more")) == "KeyError: 'strength'"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_deliberate_error_is_its_message() -> None:
+    code = "from backdoorbench_moe.errors import ConfigError\nraise ConfigError('strength: too large')\n"
+    error = caught(code, "raising")
+    assert isinstance(error, ConfigError) and describe_error(error) == "strength: too large"
+
+
+@pytest.mark.slow
+def test_a_part_that_raises_ends_a_command_with_one_line(tmp_path: Path) -> None:
+    points = {"triggers": ["raises = raising:Raises"]}
+    put_package(tmp_path, "bbmoe-raising", modules={"raising": RAISES}, points=points)
+    done = bbmoe("preview", "--trigger", "raises", "--output", tmp_path / "grid.png", path=[tmp_path])
+    said = "KeyError: 'strength' (raised in Raises.stamp of bbmoe-raising 0.3, raising.py:6)"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"bbmoe: error: {said}" and "Traceback" not in done.stderr
