@@ -34,6 +34,7 @@ class UnknownNameError(ConfigError):
         more = f", and {len(known) - self.LISTED} more" if len(known) > self.LISTED else ""
         super().__init__(f"{what}: unknown {name!r}; {advice}known: {listed}{more}{hint}")
         self.name = name
+        self.known = known
         self.suggestions = near
 
 

@@ -120,7 +120,28 @@ def test_a_surrogate_has_the_options_of_the_scale_as_a_victim_has(tmp_path) -> N
             "metric: unknown 'acc'",
         ),
         ({"tables": [{"titel": "t"}]}, "tables: key: unknown 'titel'; did you mean 'title'"),
-        ({"tables": [{"title": "t"}]}, "tables: .*missing"),
+        ({"tables": [{"title": "t"}]}, "suite tiny: tables: t: rows: expected it to be given, got None"),
+        ({"plots": [{"x": "seed"}]}, "suite tiny: plots: title: expected it to be given, got None"),
+        (
+            {"tables": [{"title": "t", "rows": ["sed"], "columns": "trigger"}]},
+            "suite tiny: tables: t: rows: key: unknown 'sed'; did you mean 'seed'",
+        ),
+        (
+            {"tables": [{"title": "t", "rows": ["trigger"], "columns": "metrics"}]},
+            "suite tiny: tables: t: columns: key: unknown 'metrics'; did you mean 'metric'",
+        ),
+        (
+            {"plots": [{"title": "p", "panels": "modle"}]},
+            "suite tiny: plots: p: panels: key: unknown 'modle'; did you mean 'model'",
+        ),
+        (
+            {"plots": [{"title": "p", "x": "attack.k"}]},
+            "suite tiny: plots: p: x: expected a key that has a value in some cell, got 'attack.k'",
+        ),
+        (
+            {"plots": [{"title": "p", "where": {"trigger": "square"}}]},
+            "plots: p: shows no cell of the grid; where: trigger: expected 'square, size=4' or 'blend', got 'square'",
+        ),
         ({"plots": [{"title": "t", "x": "sed"}]}, "unknown 'sed'; did you mean 'seed'"),
         ({"paper": 3}, "paper: expected"),
         ({"paper": {"file": "badpatches_tables_1_2", "where": ["pmoe"]}}, "where: expected a mapping"),
@@ -170,6 +191,15 @@ def test_filters_take_any_key_and_rates_as_percent() -> None:
     ):
         with pytest.raises(ConfigError, match=message.replace("'key", "'?key")):
             suite.only([text])
+
+
+def test_tables_and_plots_select_rates_as_percent() -> None:
+    table = {"title": "t", "rows": ["trigger"], "columns": "metric", "where": {"poison.rate": "25%"}}
+    suite = tiny_suite(tables=[table], plots=[{"title": "p", "where": {"poison.rate": "25%"}}])
+    for item in (*suite.tables, *suite.plots):
+        assert [item.shows(cell.spec) for cell in suite.cells] == [True, False, True, False]
+    with pytest.raises(ConfigError, match=r"where: poison\.rate: expected 0\.25 or 0\.5, got 0\.03"):
+        tiny_suite(tables=[{**table, "where": {"poison.rate": "3%"}}])
 
 
 def test_repeats_come_one_after_another_twins_first() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from backdoorbench_moe.bench.suites.files import find_file, names_in
 from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
+from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.metrics import metric
@@ -175,21 +176,45 @@ def _check(suite: Suite, where: str) -> None:
                 f"{where}: grid: {dict(cell.values)} is the same run as {dict(twin.values)}"
                 + ("; for more seeds per cell, use repeats" if cell.spec.seed != twin.spec.seed else "")
             )
-    spec = suite.cells[0].spec
     for table in suite.tables:
+        place = f"{where}: tables: {table.title}"
         for key in table.metrics:
             check_metric(key, f"{where}: tables")
-        columns = () if table.columns == METRIC_COLUMNS else (table.columns,)
-        for key in (*table.rows, *columns, *table.where):
-            value_of(spec, key)
+        _check_keys(suite, table.rows, f"{place}: rows")
+        if table.columns != METRIC_COLUMNS:
+            _check_keys(suite, (table.columns,), f"{place}: columns", METRIC_COLUMNS)
+        _check_where(suite, table.where, place)
     for plot in suite.plots:
+        place = f"{where}: plots: {plot.title}"
         check_metric(plot.metric, f"{where}: plots")
-        for key in (plot.x, plot.panels, plot.lines, *plot.where):
-            value_of(spec, key)
-    for what, items in (("tables", suite.tables), ("plots", suite.plots)):
-        for item in items:
-            if not any(item.shows(cell.spec) for cell in suite.cells):
-                raise ConfigError(f"{where}: {what}: {item.title}: shows no cell of the grid")
+        for name in ("x", "panels", "lines"):
+            _check_keys(suite, (getattr(plot, name),), f"{place}: {name}")
+        _check_where(suite, plot.where, place)
+        if not any(plot.shows(cell.spec) for cell in suite.cells):
+            raise ConfigError(f"{place}: x: expected a key that has a value in some cell, got {plot.x!r}")
+
+
+def _check_keys(suite: Suite, keys: Iterable[str], place: str, *others: str) -> None:
+    """Check that specs have these keys; `others` are valid at this place, too."""
+    for key in keys:
+        try:
+            value_of(suite.cells[0].spec, key)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{place}: key", key, [*error.known, *others]) from error
+
+
+def _check_where(suite: Suite, where: Mapping[str, Any], place: str) -> None:
+    """Check that some cell has the values by which a table or plot selects cells."""
+    _check_keys(suite, where, f"{place}: where")
+    cells = list(suite.cells)
+    for key, wanted in where.items():
+        there = {value_of(cell.spec, key): None for cell in cells}
+        cells = [cell for cell in cells if value_of(cell.spec, key) == wanted]
+        if not cells:
+            known = " or ".join(map(repr, there))
+            raise ConfigError(
+                f"{place}: shows no cell of the grid; where: {key}: expected {known}, got {wanted!r}"
+            )
 
 
 def check_metric(key: str, where: str) -> None:
@@ -205,19 +230,29 @@ def _read_items(kind: Any, items: object, where: str) -> Iterator[Any]:
     if not isinstance(items, list):
         raise ConfigError.expected(where, "a list", items)
     known = get_type_hints(kind)
+    required = [each.name for each in fields(kind) if each.default is each.default_factory is MISSING]
     for item in items:
         item = _mapping(item, where)
+        place = f"{where}: {item['title']}" if isinstance(item.get("title"), str) else where
         for key, value in item.items():
             if key not in known:
-                raise UnknownNameError(f"{where}: key", key, known)
-            place = f"{where}: {key}"
-            item[key] = _mapping(value, place) if key == "where" else convert(value, known[key], place)
+                raise UnknownNameError(f"{place}: key", key, known)
+            here = f"{place}: {key}"
+            item[key] = _read_where(value, here) if key == "where" else convert(value, known[key], here)
             if item[key] == ():
-                raise ConfigError.expected(f"{where}: {key}", "at least one", value)
-        try:
-            yield kind(**item)
-        except TypeError as error:
-            raise ConfigError(f"{where}: {error}") from error
+                raise ConfigError.expected(here, "at least one", value)
+        for key in required:
+            if key not in item:
+                raise ConfigError.expected(f"{place}: {key}", "it to be given", None)
+        yield kind(**item)
+
+
+def _read_where(value: object, where: str) -> Values:
+    """Read the values by which cells are selected; like in the grid, rates may be percentages."""
+    return {
+        key: read_rate(f"{where}: {key}", wanted) if isinstance(wanted, str) else wanted
+        for key, wanted in _mapping(value, where).items()
+    }
 
 
 def _read_paper(paper: object, where: str) -> Values | None:
@@ -227,7 +262,7 @@ def _read_paper(paper: object, where: str) -> Values | None:
     if not isinstance(values.get("file"), str):
         raise ConfigError.expected(f"{where}: paper", "the name of a published table", paper)
     if "where" in values:
-        values["where"] = _mapping(values["where"], f"{where}: paper: where")
+        values["where"] = _read_where(values["where"], f"{where}: paper: where")
     values["shape"] = convert(values.get("shape", False), bool, f"{where}: paper: shape")
     return values
 

@@ -13,6 +13,7 @@ from backdoorbench_moe.bench.tables.record_metrics import uses_twin
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.bench.tables.tuning import plain_tuning, uses_tuning
+from backdoorbench_moe.collapse import FILTERED
 from backdoorbench_moe.config.poison import RATES
 from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.errors import ConfigError
@@ -237,7 +238,8 @@ def _why_not(results: ResultSet, cell: Cell, metric: str) -> str:
         return NO_TWIN
     if not uses_tuning(metric):
         return NOT_MEASURED
-    compares = plain_tuning(cell.spec) is not None
+    # Plain tuning would not help behind an input filter, which is never compared with it.
+    compares = plain_tuning(cell.spec) is not None and not results.values(cell, FILTERED)
     return NO_TUNING if compares and not results.has_tuning(cell) else NO_CELL
 
 
