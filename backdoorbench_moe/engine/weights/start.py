@@ -13,7 +13,6 @@ from backdoorbench_moe import models
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.files import named_files, sha256_of
 from backdoorbench_moe.engine.progress.observer import Observer
-from backdoorbench_moe.engine.provenance import BACKDOORED, FALSE, TRUE, UNKNOWN
 from backdoorbench_moe.engine.weights.fitting import fit_weights
 from backdoorbench_moe.engine.weights.reading import check_weights, read_weights
 from backdoorbench_moe.errors import BbmoeWarning, RecordError
@@ -96,5 +95,5 @@ def _said(metadata: Mapping[str, str], *, imported: bool) -> str:
 
     Anyone can write "false" into a header, so it does not make an imported model a clean one.
     """
-    said = metadata.get(BACKDOORED, UNKNOWN)
-    return said if said == TRUE or (said == FALSE and not imported) else UNKNOWN
+    said = metadata.get("backdoored")
+    return said if said == "true" or (said == "false" and not imported) else "unknown"
