@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from backdoorbench_moe.bench.suites.paper import load_paper
 from backdoorbench_moe.bench.suites.reading import list_suites, parse_suite
 from backdoorbench_moe.bench.tables.layout import build_sheet
 from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.errors import BbmoeWarning
 from backdoorbench_moe.models import list_models
 
 OWN = "backdoorbench-moe"
@@ -201,9 +203,12 @@ def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -
     space: dict[str, object] = {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        for language, _, text in blocks(page):
-            if language == "python":
-                exec(compile(text, page, "exec"), space)
+        with warnings.catch_warnings():
+            # A page's small network may happen to be better with another normalisation.
+            warnings.filterwarnings("ignore", "model.mean: with the mean", BbmoeWarning)
+            for language, _, text in blocks(page):
+                if language == "python":
+                    exec(compile(text, page, "exec"), space)
     finally:
         signal.signal(signal.SIGTERM, handler)
 

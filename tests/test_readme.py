@@ -84,8 +84,8 @@ def test_the_results_table_is_the_committed_one() -> None:
 
 def test_the_small_table_has_the_means_and_deviations_of_the_committed_records() -> None:
     """Whole numbers of table.csv, which knows nothing of the page."""
-    [shown] = re.findall(r"<!-- stamping -->\n(.*?)<!-- /stamping -->", README, re.DOTALL)
-    with (ROOT / "benchmarks/results/badpatches-table1/small/table.csv").open(encoding="utf-8") as file:
+    [shown] = re.findall(r"<!-- stamping-medium -->\n(.*?)<!-- /stamping-medium -->", README, re.DOTALL)
+    with (ROOT / "benchmarks/results/badpatches-table1/medium/table.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "asr"]
     found = {
         (
@@ -93,12 +93,11 @@ def test_the_small_table_has_the_means_and_deviations_of_the_committed_records()
             row["applicator"],
         ): f"{float(row['mean']):.0f} ± {float(row['std']):.0f}"
         for row in rows
-        if row["poison_rate_percent"] == "0.5"
+        if row["poison_rate_percent"] == "0.5" and row["mean"]
     }
-    want = [
-        f"| {name} | {found[name, 'image']} | {found[name, 'patch']} |"
-        for name in ("square", "blend", "warp")
-    ]
+    triggers = list(dict.fromkeys(name for name, _ in found))
+    want = [f"| {name} | {found[name, 'image']} | {found[name, 'patch']} |" for name in triggers]
+    assert {"square", "warp"} <= {*triggers}
     assert shown.splitlines()[2:] == want
 
 
