@@ -139,9 +139,8 @@ def assert_defended(defense_name: str, model_name: str) -> None:
         scores = judgement.scores
         values = torch.tensor(list(scores.values())) if isinstance(scores, Mapping) else scores
         assert not isinstance(values, Tensor) or values.isfinite().all(), f"scores of {judgement.about}"
-    if (
-        "training-set" in defense.needs
-    ):  # Wrong numbers of scores and indices out of range raise a PluginError.
+    if "training-set" in defense.needs:
+        # Wrong numbers of scores and indices out of range raise a PluginError.
         measure_samples(result.judgements, [{} for _ in result.judgements], None, len(task.training_set))
     assert all(parameter.requires_grad for parameter in result.model.parameters())
     assert not (left := hooked(result.model)), f"hooks are left on {left}"

@@ -83,9 +83,8 @@ def load_start(spec: RunSpec, model: nn.Module, observer: Observer) -> Start | N
     for note in notes:
         observer.on_message(f"{file.name}: {note}")
     if doubt:
-        warnings.warn(
-            doubt, BbmoeWarning, stacklevel=1
-        )  # One place, so that a check before the run does not repeat it.
+        # One place (`stacklevel=1`), so that a check before the run does not repeat it.
+        warnings.warn(doubt, BbmoeWarning, stacklevel=1)
         notes = (*notes, doubt)
     return Start(sha256, _said(weights.metadata, imported=spec.imported), notes)
 
