@@ -30,6 +30,9 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     help="Defenses to apply, or all; see `bbmoe list defenses`. Several are compared in one table.",
 )
 @click.option(
+    "--skip", multiple=True, metavar="NAME,..", help="Defenses to leave out, such as those of --defense all."
+)
+@click.option(
     "--set",
     "settings",
     multiple=True,
@@ -52,6 +55,7 @@ def command(
     *,
     run: Path,
     names: tuple[str, ...],
+    skip: tuple[str, ...],
     settings: tuple[str, ...],
     threads: int | None,
     device: str | None,
@@ -79,13 +83,13 @@ def command(
     usage = CoreUsage.now()
     from backdoorbench_moe.bench.running.defense_options import split_names
 
-    split_names(names)  # Report wrong names before torch is imported, which is slow.
+    split_names(names, skip)  # Report wrong names before torch is imported, which is slow.
     options = chain_options(settings)
     from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 
     parent = load_run(run)
-    defenses = split_names(names, of_texts=parent.record.is_text)
+    defenses = split_names(names, skip, of_texts=parent.record.is_text)
     use_threads(threads, usage, device or parent.spec.device)
     given = {**place, "device": device, "observer": make_observer(quiet=quiet)}
     is_list = len(defenses) > 1 or "all" in names

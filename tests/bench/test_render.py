@@ -14,7 +14,7 @@ from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.bench.tables.layout import build_sheet
 from backdoorbench_moe.bench.tables.render import latex, markdown, plain, rich_tables, statistics_csv, tex
 from backdoorbench_moe.bench.tables.results import ResultSet
-from backdoorbench_moe.bench.tables.wording import number, signed
+from backdoorbench_moe.bench.tables.wording import number, signed, span
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def results(tmp_path) -> ResultSet:
     return ResultSet.from_runs(suite, tmp_path)
 
 
-def drawn(results: ResultSet, width: int = 80) -> str:
+def drawn(results: ResultSet, width: int = 80, *, intervals: bool = False) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(rich_tables(results))
+    console.print(rich_tables(results, intervals=intervals))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -130,6 +130,18 @@ def test_latex_says_cells_over_two_lines(results) -> None:
         assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 2
     rows = [line for line in text.splitlines() if line.endswith(r"\\") or line.endswith(r"\addlinespace")]
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {3}
+
+
+def test_intervals_take_the_place_of_deviations_in_every_format(results) -> None:
+    cell = next(c for c in results.suite.cells if (found := results.statistic(c, "asr")) and found.n == 3)
+    statistic = results.statistic(cell, "asr")
+    assert statistic is not None and statistic.shown is not None
+    interval = span(*statistic.shown)
+    sheet = build_sheet(results, intervals=True)
+    for text in (markdown(sheet), drawn(results, 200, intervals=True)):
+        assert f"90.7 [{interval}] (n 3)" in text
+        assert " ± " not in text and "its 95% interval" in text
+    assert f"90.7 {{[}}{tex(interval)}{{]}} (n 3)" in latex(sheet)
 
 
 def test_latex_escapes_what_latex_reads() -> None:

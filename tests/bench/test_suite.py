@@ -139,8 +139,8 @@ def test_a_surrogate_has_the_options_of_the_scale_as_a_victim_has(tmp_path) -> N
             "suite tiny: plots: p: x: expected a key that has a value in some cell, got 'attack.k'",
         ),
         (
-            {"plots": [{"title": "p", "where": {"trigger": "square"}}]},
-            "plots: p: shows no cell of the grid; where: trigger: expected 'square, size=4' or 'blend', got 'square'",
+            {"plots": [{"title": "p", "where": {"trigger": "squares"}}]},
+            "plots: p: shows no cell of the grid; where: trigger: expected 'square, size=4' or 'blend', got 'squares'",
         ),
         ({"plots": [{"title": "t", "x": "sed"}]}, "unknown 'sed'; did you mean 'seed'"),
         ({"paper": 3}, "paper: expected"),
@@ -200,6 +200,15 @@ def test_tables_and_plots_select_rates_as_percent() -> None:
         assert [item.shows(cell.spec) for cell in suite.cells] == [True, False, True, False]
     with pytest.raises(ConfigError, match=r"where: poison\.rate: expected 0\.25 or 0\.5, got 0\.03"):
         tiny_suite(tables=[{**table, "where": {"poison.rate": "3%"}}])
+
+
+@pytest.mark.parametrize("given", ["square", "square, size=4"])
+def test_tables_and_plots_select_parts_by_name_or_with_their_options(given) -> None:
+    table = {"title": "t", "rows": ["poison.rate"], "columns": "metric", "where": {"trigger": given}}
+    suite = tiny_suite(tables=[table], plots=[{"title": "p", "where": {"trigger": given}}])
+    for item in (*suite.tables, *suite.plots):
+        shown = [cell.spec.trigger.name for cell in suite.cells if item.shows(cell.spec)]
+        assert shown == ["square", "square"]
 
 
 def test_repeats_come_one_after_another_twins_first() -> None:

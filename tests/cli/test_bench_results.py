@@ -47,6 +47,15 @@ def test_formats(place, form, begins, holds) -> None:
     assert holds in result.stdout
 
 
+def test_intervals_are_shown_instead_of_deviations(place) -> None:
+    text = run(place, "table", "--intervals", "--format", "markdown").stdout
+    assert " ± " not in text and "1.7 [0.0–" in text
+    with pytest.raises(
+        BbmoeError, match="--intervals: cannot be used with --format csv, which always has them"
+    ):
+        run(place, "table", "--intervals", "--format", "csv")
+
+
 def test_only_and_repeats(place) -> None:
     text = run(place, "table", "--only", "trigger=warp", "--repeats", "1", "--format", "markdown").stdout
     assert "| applicator | rate | warp |" in text

@@ -142,6 +142,11 @@ def test_all_are_all_that_fit_and_the_others_are_listed_with_the_reason(bbmoe, v
         name for name in defenses.registry.names() if any(f"-{name}-s0" in run["run"] for run in plan["runs"])
     }
     assert names | set(plan["not_applicable"]) == set(defenses.registry.names())
+    code, out, _ = bbmoe(*words, "--json", "--skip", "anp,rnp", "--skip", "rasa")
+    left = json.loads(out)
+    assert code == 0 and "rasa" not in left["not_applicable"] and "align" in left["not_applicable"]
+    skipped = {run["run"] for run in plan["runs"]} - {run["run"] for run in left["runs"]}
+    assert len(skipped) == 2 and all("-anp-s0" in name or "-rnp-s0" in name for name in skipped)
     code, out, _ = bbmoe(*words)
     assert code == 0 and "not applicable: rasa: model: expected" in out and "one run at a time" in out
 
@@ -254,6 +259,15 @@ def test_an_option_goes_to_the_one_or_to_all_that_have_it(bbmoe, victim, tmp_pat
 BAD = {
     "unknown": (["--defense", "strip,re-route"], "defense: unknown 're-route'; did you mean 'reroute'"),
     "empty": (["--defense", "strip,"], "--defense: expected names such as strip or strip,reroute, got 'strip,'"),
+    "skips an unknown one": (
+        ["--defense", "all", "--skip", "re-route"],
+        "defense: unknown 're-route'; did you mean 'reroute'",
+    ),
+    "skips nothing": (["--defense", "all", "--skip", ""], "--skip: expected names such as strip or strip,reroute"),
+    "skips all": (
+        ["--defense", "strip", "--skip", "strip"],
+        "--skip: expected at least one defense to be left, got 'strip'",
+    ),
     "none fits": (
         ["--defense", "align,rasa"],
         "--defense: cannot be applied to {run}: align: model: expected a mixture of merged experts, got PMoE; rasa: ",

@@ -13,23 +13,35 @@ ALL = "all"
 Options = Mapping[str, Mapping[str, Any]]
 
 
-def split_names(texts: Sequence[str], *, of_texts: bool = False) -> list[str]:
+def split_names(texts: Sequence[str], skip: Sequence[str] = (), *, of_texts: bool = False) -> list[str]:
     """Split lists of defenses at commas, without duplicates; "all" stands for all registered defenses.
 
     Args:
         texts: The lists.
+        skip: Lists of defenses to leave out.
         of_texts: Whether "all" excludes defenses that only support images.
 
     Raises:
-        ConfigError: A list has an empty name.
+        ConfigError: A list has an empty name, or no defense is left.
         UnknownNameError: A defense does not exist.
     """
-    given = [name.strip() for text in texts for name in text.split(",")]
-    if not all(given):
-        raise ConfigError.expected("--defense", "names such as strip or strip,reroute", ",".join(texts))
     known = [name for name in defenses.registry.names() if not of_texts or _takes_texts(name)]
+    given = _split("--defense", texts)
+    left_out = {defenses.registry.check_name(name) for name in _split("--skip", skip)}
     names = dict.fromkeys(each for name in given for each in (known if name == ALL else [name]))
-    return [defenses.registry.check_name(name) for name in names]
+    checked = [defenses.registry.check_name(name) for name in names]
+    kept = [name for name in checked if name not in left_out]
+    if not kept:
+        raise ConfigError.expected("--skip", "at least one defense to be left", ",".join(skip))
+    return kept
+
+
+def _split(option: str, texts: Sequence[str]) -> list[str]:
+    """Split the values of an option at commas. Raises ConfigError if a name is empty."""
+    names = [name.strip() for text in texts for name in text.split(",")]
+    if not all(names):
+        raise ConfigError.expected(option, "names such as strip or strip,reroute", ",".join(texts))
+    return names
 
 
 def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:

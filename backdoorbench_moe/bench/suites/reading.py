@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from backdoorbench_moe.bench.suites.files import find_file, names_in
-from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, value_of
+from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, matches, value_of
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
 from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.engine.files import pin_files
@@ -209,7 +209,7 @@ def _check_where(suite: Suite, where: Mapping[str, Any], place: str) -> None:
     cells = list(suite.cells)
     for key, wanted in where.items():
         there = {value_of(cell.spec, key): None for cell in cells}
-        cells = [cell for cell in cells if value_of(cell.spec, key) == wanted]
+        cells = [cell for cell in cells if matches(cell.spec, {key: wanted})]
         if not cells:
             known = " or ".join(map(repr, there))
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +58,7 @@ class MetricTable:
         places: The places, row by row.
         metrics: Keys of all metrics in the table.
         models: The models whose published values have separate columns (see `PaperTable.is_shape`).
+        intervals: Whether means are shown with their 95% intervals instead of standard deviations.
     """
 
     title: str
@@ -69,6 +70,7 @@ class MetricTable:
     places: tuple[tuple[Place, ...], ...]
     metrics: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    intervals: bool = False
 
     @cached_property
     def has_paper(self) -> bool:
@@ -124,11 +126,12 @@ class RunCounts:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All tables of a suite, and the numbers of its runs."""
+    """All tables of a suite, and the numbers of its runs; `intervals` as in `MetricTable`."""
 
     suite: Suite
     counts: RunCounts
     tables: tuple[MetricTable, ...]
+    intervals: bool = False
 
     @cached_property
     def has_paper(self) -> bool:
@@ -151,14 +154,19 @@ class Sheet:
         return tuple(dict.fromkeys(model for table in self.tables for model in table.models))
 
 
-def build_sheet(results: ResultSet) -> Sheet:
+def build_sheet(results: ResultSet, *, intervals: bool = False) -> Sheet:
     """Fill every layout of a suite.
+
+    Args:
+        results: The results of the suite.
+        intervals: Whether means are shown with their 95% intervals instead of standard deviations.
 
     Raises:
         ConfigError: A layout puts two cells in one place.
     """
-    tables = tuple(table for layout in layouts_of(results.suite) for table in _fill(results, layout))
-    return Sheet(results.suite, count_runs(results), tables)
+    tables = [table for layout in layouts_of(results.suite) for table in _fill(results, layout)]
+    shown = tuple(replace(table, intervals=intervals) for table in tables)
+    return Sheet(results.suite, count_runs(results), shown, intervals)
 
 
 def layouts_of(suite: Suite) -> tuple[Layout, ...]:

@@ -62,22 +62,22 @@ class RichTables:
                 yield Text(sheet.suite.note, style="dim")
 
 
-def rich_tables(results: ResultSet) -> RenderableType:
-    """Build the tables of a suite for a rich Console.
+def rich_tables(results: ResultSet, *, intervals: bool = False) -> RenderableType:
+    """Build the tables of a suite for a rich Console; see `build_sheet`.
 
     Raises:
         ConfigError: A layout puts two cells in one place.
     """
-    return RichTables(build_sheet(results))
+    return RichTables(build_sheet(results, intervals=intervals))
 
 
 def _second_line(sheet: Sheet) -> str:
     return " The second line of a cell is the paper's." if sheet.has_paper else ""
 
 
-def _rich_lines(place: Place) -> list[str]:
+def _rich_lines(place: Place, *, interval: bool) -> list[str]:
     """Return `place_lines` in short form, as the row label already reads "paper"."""
-    return [own_text(place), " ".join(paper_parts(place))]
+    return [own_text(place, interval=interval), " ".join(paper_parts(place))]
 
 
 def _chunks(table: MetricTable, width: int) -> Iterator[range]:
@@ -88,7 +88,8 @@ def _chunks(table: MetricTable, width: int) -> Iterator[range]:
         max(map(len, [name, *(row[n] for row in table.rows)])) + GAP for n, name in enumerate(labels)
     )
     for number_, name in enumerate(table.columns):
-        texts = [name, *(text for row in table.places for text in _rich_lines(row[number_]))]
+        places = [row[number_] for row in table.places]
+        texts = [name, *(text for each in places for text in _rich_lines(each, interval=table.intervals))]
         needed = max(map(len, texts)) + (GAP if number_ > start else 0)
         if used + needed > room and number_ > start:
             yield range(start, number_)
@@ -112,18 +113,18 @@ def _rich_table(table: MetricTable, columns: range) -> Table:
             if table.has_paper:
                 shown[-1].append("  paper")
             texts = [Text("\n".join(lines)) for lines in shown]
-            texts += [_styled(places[number_], paper=table.has_paper) for number_ in columns]
+            texts += [_styled(places[number_], table) for number_ in columns]
             drawn.add_row(*texts)
         drawn.add_section()
     return drawn
 
 
-def _styled(place: Place, *, paper: bool) -> Any:
+def _styled(place: Place, table: MetricTable) -> Any:
     from rich.text import Text
 
-    ours, theirs = _rich_lines(place)
+    ours, theirs = _rich_lines(place, interval=table.intervals)
     text = Text(ours, style="" if place.statistic else "dim" if place.shape is not None else "yellow")
-    return text.append(f"\n{theirs}", style="dim") if paper else text
+    return text.append(f"\n{theirs}", style="dim") if table.has_paper else text
 
 
 def markdown(sheet: Sheet) -> str:
@@ -139,7 +140,7 @@ def table_lines(table: MetricTable) -> list[str]:
     names = [*(key_name(key) for key in table.row_keys), *table.columns]
     lines = [markdown_row(names), markdown_row(["---"] * len(table.row_keys) + ["--:"] * len(table.columns))]
     for labels, places in zip(table.rows, table.places, strict=True):
-        cells = ["<br>".join(map(plain, place_lines(place))) for place in places]
+        cells = ["<br>".join(map(plain, place_lines(each, interval=table.intervals))) for each in places]
         lines.append(f"| {' | '.join([*map(plain, labels), *cells])} |")
     return lines
 
@@ -260,16 +261,13 @@ def _latex_table(sheet: Sheet, table: MetricTable) -> str:
     for group in table.groups():
         lines.append(r"    \midrule")
         for labels, places in group:
-            lines.append(f"    {' & '.join(map(tex, [*labels, *map(_ours, places)]))} \\\\")
+            ours = [own_text(place, interval=table.intervals) for place in places]
+            lines.append(f"    {' & '.join(map(tex, [*labels, *ours]))} \\\\")
             if table.has_paper:
                 theirs = [", ".join(paper_parts(item)) for item in places]
                 texts = [*[""] * (len(labels) - 1), r"\quad paper", *map(tex, theirs)]
                 lines.append(f"    {' & '.join(texts)} \\\\ \\addlinespace")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
-
-
-def _ours(place: Place) -> str:
-    return place_lines(place)[0]
 
 
 TEX = {

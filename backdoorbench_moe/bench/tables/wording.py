@@ -21,10 +21,11 @@ KEY_NAMES = {
     "mixture.poisoned": "poisoned experts",
 }
 AXIS_NAMES = {"poison.rate": "poisoning rate"}
-INTERVALS = (
-    f"Below each mean is its 95% interval: with at least {FEWEST_SEEDS} seeds, that of the mean over seeds; with "
-    "fewer, the range of the intervals of the single seeds, which cover the choice of test images but not of seeds"
+WHICH_INTERVAL = (
+    f"with at least {FEWEST_SEEDS} seeds, that of the mean over seeds; with fewer, the range of the intervals of the "
+    "single seeds, which cover the choice of test images but not of seeds"
 )
+INTERVALS = f"Below each mean is its 95% interval: {WHICH_INTERVAL}"
 # Added to the legend if `mean_text` marks a cell.
 COLLAPSED = (
     f"{MARK}k: in k of the n seeds, the clean accuracy of the model is near chance (for CAD and values of the twin, "
@@ -86,13 +87,15 @@ def signed(value: float) -> str:
     return text if text.startswith(MINUS) or float(text) == 0 else f"+{text}"
 
 
-def mean_text(statistic: Statistic) -> str:
+def mean_text(statistic: Statistic, *, interval: bool = False) -> str:
     """Format mean, standard deviation and number of seeds, and how many seeds are near chance.
 
     For example, "99.3 ± 0.2 (n 2)", or "70.0 ± 52.0 (n 3, †1)" if one of three seeds is near chance. A single seed has
-    no deviation.
+    no deviation. With `interval`, the 95% interval takes the place of the deviation: "99.3 [98.9–99.5] (n 2)".
     """
     spread = "" if statistic.std is None else f" ± {number(statistic.std)}"
+    if interval:
+        spread = "" if statistic.shown is None else f" [{span(*statistic.shown)}]"
     mark = f", {MARK}{statistic.near_chance}" if statistic.near_chance else ""
     return f"{number(statistic.mean)}{spread} (n {statistic.n}{mark})"
 
@@ -113,17 +116,22 @@ def paper_parts(place: Place) -> list[str]:
     return parts
 
 
-def own_text(place: Place) -> str:
-    """Return the first line of a place: our values or, in a column of published values, the published one."""
+def own_text(place: Place, *, interval: bool = False) -> str:
+    """Return the first line of a place: our values or, in a column of published values, the published one.
+
+    Args:
+        place: The place.
+        interval: Whether our mean is shown with its 95% interval instead of its standard deviation.
+    """
     if place.shape is not None:
         return number(place.shape)
-    return place.state if place.statistic is None else mean_text(place.statistic)
+    return place.state if place.statistic is None else mean_text(place.statistic, interval=interval)
 
 
-def place_lines(place: Place) -> list[str]:
-    """Return the one or two lines of a place: our values, and the published ones."""
+def place_lines(place: Place, *, interval: bool = False) -> list[str]:
+    """Return the one or two lines of a place: our values (see `own_text`), and the published ones."""
     paper = paper_parts(place)
-    return [own_text(place), *([f"paper {', '.join(paper)}"] if paper else [])]
+    return [own_text(place, interval=interval), *([f"paper {', '.join(paper)}"] if paper else [])]
 
 
 def suite_line(suite: Suite) -> str:
@@ -158,6 +166,8 @@ def facts(sheet: Sheet) -> str:
 def legend_parts(sheet: Sheet | MetricTable) -> list[str]:
     """Return the parts of the legend of one or several tables, without final full stops."""
     cell = "Each cell: mean ± standard deviation over n seeds"
+    if sheet.intervals:
+        cell = f"Each cell: mean over n seeds and, in brackets, its 95% interval ({WHICH_INTERVAL})"
     if sheet.has_paper:
         cell += (
             f"; the paper's value and our mean minus it; with at least {FEWEST_SEEDS} seeds, whether the paper's value "

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from backdoorbench_moe.bench.tables.results import ResultSet
 
 FORMATS = ("rich", "markdown", "csv", "latex", "html")
+# Formats with both standard deviations and intervals.
+WITH_INTERVALS = ("csv", "html")
 
 
 @click.command("table")
@@ -45,6 +47,11 @@ FORMATS = ("rich", "markdown", "csv", "latex", "html")
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="Output format."
 )
 @click.option(
+    "--intervals",
+    is_flag=True,
+    help="Show 95% intervals instead of standard deviations; csv and html have both.",
+)
+@click.option(
     "--save", type=PATH, metavar="DIR", help="Also write a results folder: records, tables, plots and a page."
 )
 def command(
@@ -56,6 +63,7 @@ def command(
     filters: tuple[str, ...],
     repeats: int | None,
     form: str,
+    intervals: bool,
     save: Path | None,
 ) -> None:
     """Print the tables of SUITE (a name or a file) from its run folders, with the paper's values next to ours.
@@ -73,6 +81,8 @@ def command(
         raise ConfigError(
             "--save: cannot be used with --only, as a results folder contains the complete suite"
         )
+    if intervals and form in WITH_INTERVALS:
+        raise ConfigError(f"--intervals: cannot be used with --format {form}, which always has them")
     if source is not None and beside:
         raise ConfigError("--with: cannot be used with --from, as it adds to run folders")
     suite = with_seeds(load_suite(name, scale), repeats, source)
@@ -85,19 +95,19 @@ def command(
         from backdoorbench_moe.bench.save import save_results
 
         save_results(results, save)
-    _print(results, form)
+    _print(results, form, intervals=intervals)
     if save is not None:
         say(f"results folder: {save}")
 
 
-def _print(results: ResultSet, form: str) -> None:
+def _print(results: ResultSet, form: str, *, intervals: bool) -> None:
     from backdoorbench_moe.bench.tables import render
     from backdoorbench_moe.bench.tables.layout import build_sheet
 
     if form == "rich":
         from rich.console import Console
 
-        Console(highlight=False).print(render.rich_tables(results))
+        Console(highlight=False).print(render.rich_tables(results, intervals=intervals))
     elif form == "html":
         from backdoorbench_moe.bench.pages.page import page
 
@@ -106,4 +116,4 @@ def _print(results: ResultSet, form: str) -> None:
         echo(render.statistics_csv(results), nl=False)
     else:
         draw = render.markdown if form == "markdown" else render.latex
-        echo(draw(build_sheet(results)))
+        echo(draw(build_sheet(results, intervals=intervals)))
