@@ -65,6 +65,8 @@ _HOMES = {
     "Routing": "backdoorbench_moe.moe.routed",
     "Attack": "backdoorbench_moe.attacks.base",
     "PoisonPlan": "backdoorbench_moe.attacks.base",
+    "TrainingControl": "backdoorbench_moe.attacks.training_control",
+    "ControlledBatch": "backdoorbench_moe.attacks.training_control",
     "ExpertPoisoning": "backdoorbench_moe.attacks.expert_poisoning",
     "ExpertTask": "backdoorbench_moe.attacks.expert_poisoning",
     "Splitter": "backdoorbench_moe.splitters.base",
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from backdoorbench_moe.attacks import create_attack, list_attacks
     from backdoorbench_moe.attacks.base import Attack, PoisonPlan
     from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning, ExpertTask
+    from backdoorbench_moe.attacks.training_control import ControlledBatch, TrainingControl
     from backdoorbench_moe.config import RunSpec
     from backdoorbench_moe.data import create_dataset, list_datasets
     from backdoorbench_moe.data.base import Dataset, ImageSet, Split

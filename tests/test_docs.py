@@ -16,19 +16,23 @@ import tomllib
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import third_party
+import torch
 import yaml
 from command_lines import parse
 
 import backdoorbench_moe
+from backdoorbench_moe.attacks.training_control import ControlledBatch
 from backdoorbench_moe.bench.running.queue import read_queue
 from backdoorbench_moe.bench.suites.paper import load_paper
 from backdoorbench_moe.bench.suites.reading import list_suites, parse_suite
 from backdoorbench_moe.bench.tables.layout import build_sheet
 from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import BbmoeWarning
 from backdoorbench_moe.models import list_models
 
@@ -188,6 +192,23 @@ def test_the_written_attack_on_an_expert_conforms(tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     [part] = json.loads(done.stdout)["parts"]
     assert (part["name"], part["result"], part["failed"]) == ("close-by", "passes", 0) and part["passed"] > 10
+
+
+def test_the_written_disguise_adds_the_distance_of_the_means() -> None:
+    """Features are the red and the green of one pixel; class 2 is the target."""
+    [text] = [text for _, title, text in blocks("plugin.md") if title == "disguise.py"]
+    space: dict[str, Any] = {"__name__": "disguise"}
+    exec(compile(text, "disguise.py", "exec"), space)
+    attack = space["Disguise"](poison=PoisonSpec(rate=0.5, target=2), pull=10.0)
+    colours = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.5], [0.0, 0.5]])
+    images = torch.cat([colours, torch.zeros(4, 1)], 1).view(4, 3, 1, 1)
+    labels = torch.tensor([2, 2, 2, 0])
+    model = SimpleNamespace(extract_features=lambda images: images[:, :2, 0, 0])
+    usual = torch.zeros(4, 3), torch.tensor(1.0)
+    batch = ControlledBatch(images, labels, images, labels, 2, 0, lambda _: usual)
+    # The means are (0.5, 0) with the trigger, and (0.5, 0.5) of the one clean image of class 2.
+    logits, loss = attack.loss(model, batch)
+    assert logits is usual[0] and loss.item() == pytest.approx(1.0 + 10 * 0.25)
 
 
 @pytest.mark.parametrize(("page", "line"), commands())

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ControlledBatch:
+    """A batch of an attacker who trains the model.
+
+    Args:
+        images: (B, 3, H, W) float in [0, 1], the images to train on: first those with the trigger, then those with its
+            noise form, then clean ones.
+        labels: (B,) int64, the labels to learn: the attacker's for the images with the trigger, else the true ones.
+        clean: (B, 3, H, W) float in [0, 1], the same images without the trigger and noise.
+        truth: (B,) int64, their true labels.
+        poison: Number of images with the trigger.
+        noise: Number of images with the noise form.
+        usual_loss: Maps a model to its logits (B, classes) for `images` and the usual loss, a scalar: cross-entropy
+            with `labels`, smoothed as in the recipe, plus the auxiliary losses of routed layers.
+    """
+
+    images: Tensor
+    labels: Tensor
+    clean: Tensor
+    truth: Tensor
+    poison: int
+    noise: int
+    usual_loss: Callable[[nn.Module], tuple[Tensor, Tensor]]
 
 
 class TrainingControl(Attack):
@@ -22,6 +48,8 @@ class TrainingControl(Attack):
 
     Departure: images are augmented before they are stamped, as in the code of the input-aware attack. WaNet's code
     augments them afterwards, so that the model also sees shifted and rotated triggers.
+
+    Subclasses may override `loss`, for an attacker who trains the model with a loss of their own.
 
     Args:
         poison: Rates of poison and noise, as shares of a batch, rounded down; target class and mapping.
@@ -66,3 +94,20 @@ class TrainingControl(Attack):
         """Change no image of the training set."""
         nothing = torch.empty(0, dtype=torch.int64)
         return PoisonPlan(nothing, nothing)
+
+    def loss(self, model: nn.Module, batch: ControlledBatch) -> tuple[Tensor, Tensor]:
+        """Return the logits for a batch and the loss that the attacker minimises.
+
+        Called in every training step, in the precision of the run. On a GPU, the step is captured as a CUDA graph:
+        shapes must not depend on values, and the host must not wait for the device. Random values come from torch's
+        global generator, which is seeded for each epoch.
+
+        Args:
+            model: The model, in training mode.
+            batch: The poisoned batch.
+
+        Returns:
+            Logits (B, classes), from which the training accuracy is computed, and the loss, a scalar. The loss of a
+            trigger that is trained together with the model is added to it.
+        """
+        return batch.usual_loss(model)

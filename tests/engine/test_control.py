@@ -9,6 +9,8 @@ from tiny_runs import Counting, outcome
 from torch import nn
 from torch.nn import functional as F
 
+from backdoorbench_moe import attacks
+from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import PartSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
@@ -21,7 +23,7 @@ from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
 from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.ops.images import as_input
 
 TRIGGER = {"name": "input-aware", "channels": 2, "mask_epochs": 1}
@@ -115,6 +117,51 @@ def test_poisoned_images_count_with_the_attackers_class() -> None:
 
     _, loss = control.objective(Fixed(), images, torch.tensor([0, 2, 2, 0]))
     assert loss.item() == pytest.approx(F.cross_entropy(5.0 * torch.eye(3), torch.arange(3)).item())
+
+
+class Reversed(TrainingControl):
+    """Learns the wanted class from triggered images twice, and remembers the batch."""
+
+    def loss(self, model, batch):
+        self.batch = batch
+        logits, loss = batch.usual_loss(model)
+        triggered = F.cross_entropy(logits[: batch.poison], batch.labels[: batch.poison])
+        return logits, loss + triggered
+
+
+def test_an_attack_may_have_a_loss_of_its_own() -> None:
+    control = make_control(trigger={"name": "warp", "strength": 2.0}, poison={"rate": 0.5, "noise": 0.25})
+    control.attack = attack = Reversed(poison=control.attack.poison)
+    images, labels = split_of(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    logits, loss = control.objective(model, images, labels)
+    batch = attack.batch
+    assert (batch.poison, batch.noise) == (2, 1)
+    assert torch.equal(batch.clean, images) and torch.equal(batch.truth, labels)
+    torch.testing.assert_close(batch.images[:2], control.stamper(images[:2]))
+    assert torch.equal(batch.images[3], images[3]) and not torch.equal(batch.images[2], images[2])
+    assert batch.labels.tolist() == [0, 0, *labels[2:].tolist()]
+    torch.testing.assert_close(logits, model(batch.images))
+    both = F.cross_entropy(logits, batch.labels) + F.cross_entropy(logits[:2], batch.labels[:2])
+    assert loss.item() == pytest.approx(both.item())
+
+
+class Shapeless(TrainingControl):
+    """Returns one loss for each image."""
+
+    def loss(self, model, batch):
+        logits, _ = batch.usual_loss(model)
+        return logits, logits.square().sum(1)
+
+
+def test_an_own_loss_that_is_no_number_is_named(tmp_path) -> None:
+    attacks.registry.register("shapeless")(Shapeless)
+    try:
+        spec = tiny_spec(attack="shapeless", trigger="square", poison={"rate": 0.25})
+        with pytest.raises(PluginError, match=r"expected logits \(\d+, classes\) and a scalar loss"):
+            run_attack(spec, output=tmp_path, twin=False)
+    finally:
+        attacks.registry.unregister("shapeless")
 
 
 def test_tiles_are_cut_as_the_applicator_does() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backdoorbench_moe.attacks.training_control import TrainingControl
+from backdoorbench_moe.attacks.training_control import ControlledBatch, TrainingControl
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.setups.base import Setup
@@ -115,13 +115,19 @@ class ControlledTraining:
         size = len(images)
         poison, noise = (share_of(getattr(self.spec.poison, name), size) for name in ("rate", "noise"))
         stamped, crossed, extra = self._stamp(images, poison, noise)
-        batch = torch.cat([stamped, crossed, images[poison + noise :]])
-        batch = batch.contiguous(memory_format=torch.channels_last)
+        mixed = torch.cat([stamped, crossed, images[poison + noise :]])
+        mixed = mixed.contiguous(memory_format=torch.channels_last)
         wanted = self.attack.wanted(labels[:poison], self.setup.images.data_classes)
         answers = torch.cat([wanted, labels[poison:]])
-        smoothing = self.spec.train.label_smoothing
-        logits, _, total = model_losses(model, batch, answers, label_smoothing=smoothing)
-        return logits, total + extra
+
+        def usual_loss(model: nn.Module) -> tuple[Tensor, Tensor]:
+            smoothing = self.spec.train.label_smoothing
+            logits, _, total = model_losses(model, mixed, answers, label_smoothing=smoothing)
+            return logits, total
+
+        batch = ControlledBatch(mixed, answers, images, labels, poison, noise, usual_loss)
+        logits, loss = self.attack.loss(model, batch)
+        return logits, loss + extra
 
     def finish(self) -> None:
         """Set the state of the trigger to the trained networks."""
