@@ -18,6 +18,7 @@ from backdoorbench_moe.auditing.plan import WORTH_SAYING, Plan
 from backdoorbench_moe.auditing.save import save_audit
 from backdoorbench_moe.auditing.store import Store, subject_digest
 from backdoorbench_moe.auditing.subject import Subject
+from backdoorbench_moe.auditing.suitability import doubt_of
 from backdoorbench_moe.auditing.verdict import Finding, combine, judge, not_tested
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.durations import say_time
@@ -155,6 +156,7 @@ def facts_of(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
         "classes": subject.num_classes if given else None,
         "labels": subject.known_labels is not None,
         "accuracy": subject.accuracy if given else None,
+        "doubt": doubt_of(subject),
         "tasks": len(subject.tasks),
         "base": subject.base is not None,
         "seed": subject.seed,

@@ -37,6 +37,11 @@ class Outcome:
         return [each.reason for each in strongest(self.findings)]
 
     @property
+    def doubt(self) -> str:
+        """Why the given images may not suit the model, in one sentence; "" if nothing indicates it."""
+        return str(self.facts["doubt"])
+
+    @property
     def untested(self) -> list[Finding]:
         """The checks that could not be run, with the reasons."""
         return [each for each in self.findings if each.level == NOT_TESTED]

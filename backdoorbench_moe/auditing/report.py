@@ -26,6 +26,7 @@ def page(document: dict[str, Any]) -> str:
         verdict=document["verdict"],
         signs=document["verdict"]["level"] == SIGNS,
         calibrated=document["calibration"] is not None,
+        doubt=document["subject"]["doubt"],
         reasons=document["reasons"],
         reasons_title=reasons_title(document),
         untested=[each for each in findings if each["level"] == NOT_TESTED],

@@ -35,6 +35,8 @@ def victim(tmp_path_factory) -> Run:
 def test_it_prints_a_verdict_and_writes_two_files(bbmoe, victim) -> None:
     code, out, err = bbmoe("audit", victim.folder.path, *FAST)
     assert code == 0 and "check 1 of 4: gate-rows" in err
+    # The limits of the thresholds stand beside the verdict, not at the end.
+    assert out.splitlines()[1].startswith(("Thresholds: from 13 clean", "The images may not suit"))
     place = victim.folder.path / "audit"
     document = json.loads((place / "audit.json").read_text())
     assert document["verdict"]["level"] in out and "does not mean that a model is clean" in " ".join(

@@ -25,6 +25,9 @@ def print_audit(audit: Audit, files: list[Path]) -> None:
     console = Console(highlight=False)
     style = "bold red" if audit.verdict.level == SIGNS else "bold"
     console.print(f"{audit.name}: {audit.verdict.level}", style=style, markup=False)
+    if audit.doubt:
+        console.print(audit.doubt, style="yellow", markup=False)
+    console.print(f"Thresholds: {thresholds_line(audit)}.", style="dim", markup=False)
     document = as_document(audit)
     console.print(f"\n{reasons_title(document)}:")
     for number, reason in enumerate(audit.reasons, 1):
@@ -41,7 +44,7 @@ def print_audit(audit: Audit, files: list[Path]) -> None:
         _print_reasons(console, untested)
     if audit.left_out:
         console.print(f"\nLeft out: {', '.join(audit.left_out)}", markup=False)
-    console.print(f"\n{RULE}\nThresholds: {thresholds_line(audit)}.", style="dim", markup=False)
+    console.print(f"\n{RULE}", style="dim", markup=False)
     for file in files:
         console.print(str(file), soft_wrap=True, markup=False)
 
