@@ -33,6 +33,9 @@ _HOMES = {
     "defend": "backdoorbench_moe.api",
     "draw_figures": "backdoorbench_moe.api",
     "import_weights": "backdoorbench_moe.api",
+    "run_suite": "backdoorbench_moe.api",
+    "read_suite": "backdoorbench_moe.api",
+    "SuiteResult": "backdoorbench_moe.api.suites",
     "load_run": "backdoorbench_moe.api",
     "make_spec": "backdoorbench_moe.api",
     "normalised": "backdoorbench_moe.api",
@@ -94,8 +97,11 @@ if TYPE_CHECKING:
         load_run,
         make_spec,
         normalised,
+        read_suite,
+        run_suite,
         try_trigger,
     )
+    from backdoorbench_moe.api.suites import SuiteResult
     from backdoorbench_moe.applicators import create_applicator, list_applicators
     from backdoorbench_moe.applicators.base import Applicator
     from backdoorbench_moe.attacks import create_attack, list_attacks

@@ -29,13 +29,25 @@ ALWAYS = ("ba", "asr", "target_rate", "ra", "cad")
 
 
 def tidy_csv(results: ResultSet) -> str:
-    """Return CSV with one row per finished run, including clean twins.
+    """Return the table of `tidy_rows` as CSV; missing values are empty."""
+    head, rows = _table(results)
+    return write_csv([head, *([("" if value is None else value) for value in row] for row in rows)])
+
+
+def tidy_rows(results: ResultSet) -> list[dict[str, Any]]:
+    """Return one row per finished run, including clean twins, as values by column.
 
     Numbers are those of the records, unrounded. Each metric has its value, its 95% interval (`_low`, `_high`) and its
     number of images (`_n`); `cad` has only its value, computed from the clean twin. Metrics of defense stages have
     separate columns, such as `pruned_asr`. `near_chance` states whether the model is near chance. The base and the
-    experts of a mixture also have rows; `task` is the number of an expert.
+    experts of a mixture also have rows; `task` is the number of an expert. Missing values are None.
     """
+    head, rows = _table(results)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def _table(results: ResultSet) -> tuple[list[str], list[list[Any]]]:
+    """Return the names of the columns, and the rows; see `tidy_rows`."""
     records = results.finished()
     metrics = _metrics(records)
     mixtures = any(record.run_spec.mixture for record in records)
@@ -46,7 +58,7 @@ def tidy_csv(results: ResultSet) -> str:
     made = MIXTURE_COLUMNS if mixtures else {}
     measured = [column for key in metrics for column in _metric_columns(key)]
     head = ["suite", "version", "scale", *parts, *made, *SPEC_COLUMNS, *measured, "near_chance"]
-    rows: list[list[Any]] = [[*head, *MADE_COLUMNS, "digest"]]
+    rows: list[list[Any]] = []
     for record in records:
         spec = record.run_spec
         row: list[Any] = [results.suite.name, results.suite.version, results.suite.scale]
@@ -57,7 +69,7 @@ def tidy_csv(results: ResultSet) -> str:
         row += [value for key in metrics for value in _measured(results, spec, key)]
         row.append("yes" if collapsed(record) else "no")
         rows.append([*row, *_made(record), record.digest])
-    return write_csv([["" if value is None else value for value in row] for row in rows])
+    return [*head, *MADE_COLUMNS, "digest"], rows
 
 
 def environments(results: ResultSet) -> list[dict[str, Any]]:
