@@ -111,12 +111,18 @@ def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
     for group in sorted(entry_points().groups):
         name, own = normalize(group), normalize(PACKAGE)
         if (name == own or name.startswith(f"{own}-")) and group not in OWN_GROUPS:
-            near = near_names(group, GROUPS.values(), most=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
+            advice = _group_advice(group)
             for point in entry_points(group=group):
                 candidate = Candidate("entry point", point.name, point.value, *_owner(point))
                 found.append((candidate, f"unknown group {group!r}; {advice}"))
     return [stray for stray in found if package is None or normalize(stray[0].package) == normalize(package)]
+
+
+def _group_advice(group: str) -> str:
+    """Suggest a group for an unknown one. Only the ends of the names are compared, as all have the same beginning."""
+    ends = {known.removeprefix(f"{PACKAGE}."): known for known in GROUPS.values()}
+    near = near_names(normalize(group).removeprefix(f"{normalize(PACKAGE)}-"), ends, most=1)
+    return f"did you mean {ends[near[0]]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
 
 
 def normalize(package: str) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from suites import tiny_suite
 from third_party import bbmoe, put_package
 
 from backdoorbench_moe import plugins
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.bench.running.run import check
+from backdoorbench_moe.engine.runner import Runner
+from backdoorbench_moe.errors import BbmoeError, ConfigError
 from backdoorbench_moe.plugins import Candidate, describe_error, raised_in
 
 RAISES = """\
@@ -67,6 +70,23 @@ def test_a_deliberate_error_is_its_message() -> None:
     code = "from backdoorbench_moe.errors import ConfigError\nraise ConfigError('strength: too large')\n"
     error = caught(code, "raising")
     assert isinstance(error, ConfigError) and describe_error(error) == "strength: too large"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_part_that_raises_while_a_suite_is_checked_is_named_with_its_run(tmp_path, monkeypatch) -> None:
+    suite, error = tiny_suite(), caught(CODE, "raising.parts")
+
+    def check_run(self: Runner, spec: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Runner, "check", check_run)
+    with pytest.raises(BbmoeError) as raised:
+        check(suite, suite.runs(), tmp_path)
+    assert str(raised.value).startswith("suite tiny: tiny-pmoe-")
+    assert str(raised.value).endswith(f": {describe_error(error)}")
+    error = caught(CODE, "ours")
+    with pytest.raises(KeyError):
+        check(suite, suite.runs(), tmp_path)
 
 
 @pytest.mark.slow

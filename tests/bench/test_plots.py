@@ -52,7 +52,9 @@ def test_two_cells_at_one_point_and_an_axis_that_cannot_be_are_refused(tmp_path)
     results = ResultSet.from_runs(part_suite(grid=grid, tables=[]), tmp_path)
     with pytest.raises(ConfigError, match=r"plot 'p': .*would share its point"):
         build_panels(results, Plot("p"))
-    with pytest.raises(ConfigError, match=r"plot 'p': trigger\.name: expected positive numbers.*'square'"):
+    with pytest.raises(
+        ConfigError, match=r"trigger\.name: expected positive numbers.*'square'; for names, use scale: names"
+    ):
         build_panels(results, Plot("p", x="trigger.name"))
 
 
@@ -79,6 +81,26 @@ def test_nothing_of_the_users_settings_nor_of_today_is_drawn(results) -> None:
         assert draw(results, plot, "svg") == svg
     assert matplotlib.rcParams["svg.hashsalt"] is None
     assert b"<dc:date>" not in svg
+
+
+def test_names_have_equal_distances_in_the_order_of_the_cells(results) -> None:
+    plot = Plot("p", x="trigger.name", panels="poison.rate", scale="names")
+    panels = build_panels(results, plot)
+    assert [panel.label for panel in panels] == ["0.5%", "10%"]
+    image = panels[0].lines["image"]
+    assert [(point.x, point.name) for point in image] == [(0, "square"), (1, "warp")]
+    assert "0.5%, image: 1.7 at square" in alt_text(results, plot)
+    with drawing_style("p"):
+        figure = build_figure([*panels, *panels], plot, "paper")
+        figure.draw_without_rendering()
+        upper, below = figure.axes[0], figure.axes[3]
+        assert [text.get_text() for text in below.get_xticklabels()] == ["square", "warp"]
+        means = [line for line in upper.lines if line.get_markersize() == 4.5]
+        assert means and all(line.get_linewidth() == 0 for line in means)
+        # All names are inside the figure, and those of the upper row above the titles of the lower one.
+        boxes = [text.get_window_extent() for axes in (upper, below) for text in axes.get_xticklabels()]
+        assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+        assert min(box.y0 for box in boxes[:2]) > below.title.get_window_extent().y1
 
 
 def test_bars_stand_only_where_there_are_seeds(tmp_path) -> None:

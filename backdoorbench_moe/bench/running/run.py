@@ -26,6 +26,7 @@ from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.paths import expand
+from backdoorbench_moe.plugins import describe_error, raised_in
 from backdoorbench_moe.records import RunFolder
 
 
@@ -130,8 +131,10 @@ def check(
             if runner is None or runner[0] != key:
                 runner = key, Runner(spec, output)
             runner[1].check(spec)
-        except BbmoeError as error:
-            raise BbmoeError(f"suite {suite.label}: {spec.name}: {error}") from error
+        except Exception as error:
+            if not isinstance(error, BbmoeError) and raised_in(error) is None:
+                raise  # A fault of this package, whose traceback is needed.
+            raise BbmoeError(f"suite {suite.label}: {spec.name}: {describe_error(error)}") from error
         on_check(done, len(one_each))
 
 

@@ -56,15 +56,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure: a metric over a number. Cells without this number, such as an option of another attack, are omitted.
+    """A figure: a metric over a number, or over names such as those of triggers.
+
+    Cells without a value of `x`, such as an option of another attack, are omitted.
 
     Args:
         title: Title of the figure.
-        x: Key of the number (see `value_of`).
+        x: Key of the number or name (see `value_of`).
         panels: Key with one panel for each of its values.
         lines: Key with one line for each of its values.
         metric: Key of the metric.
-        scale: Scale of the x axis. With "log", the numbers must be positive.
+        scale: Scale of the x axis. With "log", the numbers must be positive. With "names", any values have equal
+            distances, in the order of the suite's cells.
         where: Only cells with these values, by key; all cells if empty.
     """
 
@@ -73,7 +76,7 @@ class Plot:
     panels: str = "trigger.name"
     lines: str = "applicator.name"
     metric: str = "asr"
-    scale: Literal["log", "linear"] = "log"
+    scale: Literal["log", "linear", "names"] = "log"
     where: Mapping[str, Any] = field(default_factory=dict)
 
     def shows(self, spec: RunSpec) -> bool:

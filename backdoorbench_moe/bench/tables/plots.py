@@ -44,6 +44,8 @@ PANEL_WIDTH, PANEL_HEIGHT, GAP, LEFT, TOP, RIGHT = 3.1, 2.9, 0.75, 0.6, 0.58, 0.
 # width of a legend entry in addition to its text.
 NARROWEST_ROW, LEGEND_KEY = 5.6, 0.6
 ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
+# Points, and the angle in degrees of names on the x axis.
+TICK_SIZE, SLANT = 8, 60
 # Offset in points between lines, so that bars at the same x are next to each other.
 SHIFT = 2.5
 
@@ -52,12 +54,14 @@ SHIFT = 2.5
 class Point:
     """The measured and the published value at one x; either may be None.
 
-    If the paper only has values for another kind of model, the published value is that of the first such model.
+    On an axis of names, `x` is the number of the name, from 0; on an axis of numbers, `name` is empty. If the paper
+    only has values for another kind of model, the published value is that of the first such model.
     """
 
     x: float
     statistic: Statistic | None
     paper: float | None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,16 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
     """
     where = f"suite {results.suite.name}: plot {plot.title!r}"
     panels: dict[str, dict[str, dict[float, Point]]] = {}
-    log = plot.scale == "log"
+    names: dict[str, int] = {}
     for cell in results.suite.cells:
         if not plot.shows(cell.spec):
             continue
-        x = value_of(cell.spec, plot.x)
-        if not isinstance(x, int | float) or isinstance(x, bool) or (log and x <= 0):
-            expected = "positive numbers, for a log axis" if log else "numbers"
-            raise ConfigError.expected(f"{where}: {plot.x}", expected, x)
-        x = 100 * x if plot.x == "poison.rate" else x
+        name, x = "", value_of(cell.spec, plot.x)
+        if plot.scale == "names":
+            name = label(plot.x, x)
+            x = names.setdefault(name, len(names))
+        else:
+            x = _number(x, plot, where)
         panel, line = (label(key, value_of(cell.spec, key)) for key in (plot.panels, plot.lines))
         points = panels.setdefault(panel, {}).setdefault(line, {})
         if x in points:
@@ -94,11 +99,21 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
             )
         place = find_place(results, cell, plot.metric)
         shapes = (results.paper.shape(cell.spec, plot.metric, model) for model in results.paper.models[:1])
-        points[x] = Point(x, place.statistic, next(shapes, place.paper))
+        points[x] = Point(x, place.statistic, next(shapes, place.paper), name)
     return [
         Panel(name, {line: [points[x] for x in sorted(points)] for line, points in lines.items()})
         for name, lines in panels.items()
     ]
+
+
+def _number(x: object, plot: Plot, where: str) -> float:
+    """Return a value on a numeric axis, rates in percent. Raises ConfigError if it cannot be shown there."""
+    log = plot.scale == "log"
+    if not isinstance(x, int | float) or isinstance(x, bool) or (log and x <= 0):
+        expected = "positive numbers, for a log axis" if log else "numbers"
+        advice = "" if isinstance(x, int | float) else "; for names, use scale: names"
+        raise ConfigError(f"{where}: {plot.x}: expected {expected}, got {x!r}{advice}")
+    return 100 * x if plot.x == "poison.rate" else x
 
 
 def draw(results: ResultSet, plot: Plot, form: str) -> bytes:
@@ -137,13 +152,16 @@ def _whose(results: ResultSet) -> str:
 
 
 def alt_text(results: ResultSet, plot: Plot) -> str:
-    """Describe a figure for readers who cannot see it, by the end points of every line."""
+    """Describe a figure for readers who cannot see it: the ends of every line, or the value at every name."""
     texts = []
     for panel in build_panels(results, plot):
         for line, points in panel.lines.items():
-            found = [(point.x, point.statistic.mean) for point in points if point.statistic]
-            ends = [found[0], found[-1]] if len(found) > 1 else found
-            said = " to ".join(f"{number(mean)} at {_x(plot, x)}" for x, mean in ends) or "nothing measured"
+            found = [f"{number(p.statistic.mean)} at {_x(plot, p)}" for p in points if p.statistic]
+            if plot.scale == "names":
+                said = ", ".join(found)
+            else:
+                said = " to ".join([found[0], found[-1]] if len(found) > 1 else found)
+            said = said or "nothing measured"
             texts.append(f"{panel.label}, {line}: {said}")
     return f"{capital(find_metric(plot.metric).title)}. {'; '.join(texts)}."
 
@@ -172,8 +190,9 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
     width = max(PANEL_WIDTH * across, NARROWEST_ROW) + LEFT
     handles = _legend_handles(panels, lines, source)
     columns = _legend_columns([str(handle.get_label()) for handle in handles], width)
-    bottom = 0.55 + 0.22 * math.ceil(len(handles) / columns)
-    height = PANEL_HEIGHT * down + TOP + bottom - GAP
+    slanted = _names_height(panels)
+    gap, bottom = GAP + slanted, 0.55 + slanted + 0.22 * math.ceil(len(handles) / columns)
+    height = (PANEL_HEIGHT + slanted) * down + TOP + bottom - gap
     figure = new_figure(width, height)
     figure.suptitle(plot.title, fontsize=10, y=1 - 0.12 / height, va="top")
     grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
@@ -184,7 +203,7 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
         top=1 - TOP / height,
         bottom=bottom / height,
         wspace=0.08,
-        hspace=GAP / (PANEL_HEIGHT - GAP),
+        hspace=gap / (PANEL_HEIGHT - GAP),
     )
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel, lines, plot.scale)
@@ -197,7 +216,7 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
 
 def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> None:
     axes.set_title(panel.label, fontsize=9)
-    axes.set_xscale(scale)
+    axes.set_xscale("linear" if scale == "names" else scale)
     axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -212,7 +231,9 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
             axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, transform=shifted, **HOLLOW)
         # NaN interrupts the line where nothing was measured.
         means = [math.nan if point.statistic is None else point.statistic.mean for point in points]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+        # Between names there is nothing that a line could show.
+        width = 0.0 if scale == "names" else 1.6
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": width}
         axes.plot([point.x for point in points], means, transform=shifted, **style)
         for point in points:
             if _has_collapsed(point):
@@ -254,15 +275,19 @@ def _label_axes(grid: Any, panels: Sequence[Panel], plot: Plot) -> None:
     found = find_metric(plot.metric)
     for row in grid:
         row[0].set_ylabel(f"{found.short}{found.suffix} ({found.unit})")
-    xs = sorted({point.x for point in _points(panels)})
+    xs, names = sorted({point.x for point in _points(panels)}), _names(panels)
     for axes in grid.flat:
-        if _have_room(xs, plot.scale):
+        if names or _have_room(xs, plot.scale):
             axes.xaxis.set_major_locator(FixedLocator(xs))
             axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: names.get(x, f"{x:g}")))
         axes.xaxis.set_minor_formatter(NullFormatter())
         # Shared axes show labels only in the last row, which may be incomplete.
-        axes.tick_params(labelbottom=True, labelsize=8)
+        axes.tick_params(labelbottom=True, labelsize=TICK_SIZE)
+        if names:
+            axes.set_xlim(-0.5, len(xs) - 0.5)
+            for text in axes.get_xticklabels():
+                text.set(rotation=SLANT, rotation_mode="anchor", ha="right", va="center")
     for axes in list(grid.flat)[: len(panels)][-grid.shape[1] :]:
         axes.set_xlabel(f"{axis_name(plot.x)}{unit}")
     if found.unit == PERCENT:
@@ -284,7 +309,8 @@ def _legend_handles(panels: Sequence[Panel], lines: Sequence[str], source: str) 
     handles = []
     for number_, name in enumerate(lines):
         colour, marker = COLOURS[number_ % len(COLOURS)], MARKERS[number_ % len(MARKERS)]
-        handles.append(Line2D([], [], color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=name))
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
+        handles.append(Line2D([], [], linewidth=0.0 if _names(panels) else 1.6, label=name, **style))
     points = _points(panels)
     if any(point.paper is not None for point in points):
         handles.append(Line2D([], [], color=INK, marker="o", label=f"{source} (hollow)", **HOLLOW))
@@ -308,5 +334,19 @@ def _has_collapsed(point: Point) -> bool:
     return point.statistic is not None and point.statistic.near_chance > 0
 
 
-def _x(plot: Plot, x: float) -> str:
-    return f"{x:g}%" if plot.x == "poison.rate" else f"{x:g}"
+def _x(plot: Plot, point: Point) -> str:
+    return point.name or (f"{point.x:g}%" if plot.x == "poison.rate" else f"{point.x:g}")
+
+
+def _names(panels: Sequence[Panel]) -> dict[float, str]:
+    """Return the names on the x axis by their places; empty for numbers."""
+    return {point.x: point.name for point in _points(panels) if point.name}
+
+
+def _names_height(panels: Sequence[Panel]) -> float:
+    """Return the height of the slanted names on the x axis, in inches."""
+    from matplotlib.textpath import TextPath
+
+    names = _names(panels).values()
+    widths = [TextPath((0, 0), name, size=TICK_SIZE).get_extents().width / 72 for name in names]
+    return max(widths, default=0.0) * math.sin(math.radians(SLANT))
