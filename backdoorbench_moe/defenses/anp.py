@@ -95,7 +95,9 @@ class ANP(MaskPruning):
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=0.9)
         draws = generator(task.seed, "changes")
         with batch_statistics(task.model):
-            for batch in islice(batches(task.clean, self.batch_size, task.seed), self.steps):
+            for step, batch in enumerate(
+                islice(batches(task.clean, self.batch_size, task.seed), self.steps), 1
+            ):
                 noise, shifts = self._worst_change(masked, batch, draws)
                 loss = (1 - self.alpha) * masked.loss(batch, noise, shifts)
                 if self.alpha:
@@ -103,6 +105,7 @@ class ANP(MaskPruning):
                 masked.backward(loss)
                 optimizer.step()
                 masked.clip()
+                task.progress(step, self.steps)
         return masked.masks, {}
 
     def trained_images(self, held: int) -> int:

@@ -51,6 +51,8 @@ class DefenseTask:
         report: Function of the name of a stage, such as "pruned", and the model. The defense calls it at the end of
             every stage except the last. It copies the model; the copy is evaluated after the defense has returned, so
             the evaluation cannot influence the defense.
+        progress: Function of a number of finished steps and the number of all steps, or an upper bound of it. A defense
+            that takes long outside of `tune` calls it after every step, so that users see how long it will take.
         gate_train: The settings that the gates of a mixture were trained with; None for any other model.
         granted: Data and functions by the name in `Defense.needs`; for text data, "unsafe" in addition to "marked".
             Defenses read them through the properties.
@@ -69,6 +71,7 @@ class DefenseTask:
     fresh: Callable[[], nn.Module]
     report: Callable[[str, nn.Module], None]
     granted: Mapping[str, Any]
+    progress: Callable[[int, int], None] = lambda done, total: None
     gate_train: TrainSpec | None = None
 
     @property

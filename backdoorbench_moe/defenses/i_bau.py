@@ -137,6 +137,7 @@ class IBAU(Defense):
                     raise ConfigError(
                         f"lr: the weights are not finite after round {number + 1} with {self.lr}; lower it"
                     )
+                task.progress(number + 1, self.rounds)
         game.optimizer.zero_grad(set_to_none=True)
         return DefenseResult("unlearned", task.model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -109,7 +109,12 @@ class _Target:
         self.done = self.epochs >= search.epochs or (idle and self.best is not None and len(self._moved) == 2)
 
 
-def invert(goal: Goal, targets: Sequence[int], search: Search) -> Found:
+def invert(
+    goal: Goal,
+    targets: Sequence[int],
+    search: Search,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Found:
     """Search for the smallest stamp of each target.
 
     The search minimises the loss of the goal plus a weight times the size of the stamp on the full image. The weight
@@ -130,6 +135,8 @@ def invert(goal: Goal, targets: Sequence[int], search: Search) -> Found:
         goal: The goal; its model is not changed.
         targets: The numbers of K targets of the goal.
         search: The options.
+        progress: Called after every epoch with the number of finished epochs and the largest number of epochs, over all
+            groups of targets.
 
     Source:
         Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV, and its code bolunwang/backdoor.
@@ -139,8 +146,11 @@ def invert(goal: Goal, targets: Sequence[int], search: Search) -> Found:
     with frozen(goal.model):
         pixels = search.batch_size * images[0, 0].numel()
         at_once = search.at_once or max(1, PIXELS_AT_ONCE // pixels)
-        for first in range(0, len(found), at_once):
-            _search_group(goal, found[first : first + at_once], search)
+        starts = range(0, len(found), at_once)
+        for number, first in enumerate(starts):
+            group = found[first : first + at_once]
+            for epoch in _search_group(goal, group, search):
+                progress(number * search.epochs + epoch, len(starts) * search.epochs)
         largest = float(math.prod(canvas_shape(images, goal.side)))
         last = to_values(torch.stack([each.free.detach() for each in found]))
         values = torch.stack(
@@ -182,8 +192,11 @@ def _start(number: int, goal: Goal, search: Search) -> Tensor:
     return drawn.to(goal.clean.images.device).requires_grad_()
 
 
-def _search_group(goal: Goal, group: list[_Target], search: Search) -> None:
-    """Search for the stamps of several targets at once; those that are done no longer take part."""
+def _search_group(goal: Goal, group: list[_Target], search: Search) -> Iterator[int]:
+    """Search for the stamps of several targets at once; those that are done no longer take part.
+
+    Yields the number of finished epochs after each.
+    """
     optimizer = torch.optim.Adam([each.free for each in group], lr=0.1, betas=(0.5, 0.9))
     for epoch in range(search.epochs):
         active = [each for each in group if not each.done]
@@ -195,6 +208,7 @@ def _search_group(goal: Goal, group: list[_Target], search: Search) -> None:
         rows = zip(active, values, sizes_of(values).tolist(), hits, counts, strict=True)
         for each, value, size, hit, count in rows:
             each.update(value, size, hit / max(1, count), search)
+        yield epoch + 1
 
 
 def _run_epoch(

@@ -203,7 +203,7 @@ class NeuralCleanse(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Invert, judge and unlearn."""
         goal = self._goal(task)
-        found = invert(goal, range(len(goal.names)), self._search(task))
+        found = invert(goal, range(len(goal.names)), self._search(task), task.progress)
         indices = indices_of(goal, found)
         flagged = [target for target, index in enumerate(indices) if index > self.threshold]
         chosen = choose(self.unlearn, flagged, indices)

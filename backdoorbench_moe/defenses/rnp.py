@@ -105,11 +105,13 @@ class RNP(MaskPruning):
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=MOMENTUM)
         steps = self.epochs * steps_of_epoch(len(task.clean), self.batch_size)
         with batch_statistics(unlearned):
-            for batch in islice(batches(task.clean, self.batch_size, task.seed), steps):
+            for step, batch in enumerate(islice(batches(task.clean, self.batch_size, task.seed), steps), 1):
                 loss = LOSS_WEIGHT * masked.loss(batch)
                 masked.backward(loss)
                 optimizer.step()
                 masked.clip()
+                # Unlearning was the first half.
+                task.progress(steps + step, 2 * steps)
         return masked.masks, {"unlearned_to": accuracy}
 
     def trained_images(self, held: int) -> int:
@@ -131,7 +133,7 @@ class RNP(MaskPruning):
         feed = batches(task.clean, self.batch_size, task.seed)
         model.train()
         accuracy = 100.0
-        for _ in range(self.epochs):
+        for epoch in range(1, self.epochs + 1):
             hits = torch.zeros((), dtype=torch.int64, device=task.device)
             for batch in islice(feed, steps):
                 with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
@@ -142,6 +144,7 @@ class RNP(MaskPruning):
                 optimizer.step()
                 hits += (logits.argmax(1) == batch.labels).sum()
             accuracy = 100 * hits.item() / images_of_steps(len(task.clean), self.batch_size, steps)
+            task.progress(epoch * steps, 2 * self.epochs * steps)
             if accuracy <= 100 * self.unlearn_to:
                 break
         return model.eval(), accuracy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,8 @@ def assert_defended(defense_name: str, model_name: str) -> None:
     clean = text_split(24, 1) if model_name == TEXT_MIXTURE else coloured_split(24, 1)
     before = copies(model)
     task, reported = make_task(defense, model, model_name, clean=clean)
+    steps: list[tuple[int, int]] = []
+    task = replace(task, progress=lambda done, total: steps.append((done, total)))
     granted = list(splits_of(task))
     kept = [(split.images.clone(), split.labels.clone()) for _, split in granted]
     settings = global_settings()
@@ -133,6 +136,7 @@ def assert_defended(defense_name: str, model_name: str) -> None:
     for (need, split), (images, labels) in zip(granted, kept, strict=True):
         same = torch.equal(split.images, images) and torch.equal(split.labels, labels)
         assert same, f"the images or labels of {need!r} were written to"
+    assert steps == sorted(steps) and all(0 <= done <= total for done, total in steps), f"progress: {steps}"
     names = [stage for stage, _ in reported] + [result.stage]
     assert len(set(names)) == len(names) and "before" not in names
     for judgement in result.judgements:

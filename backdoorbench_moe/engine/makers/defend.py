@@ -264,6 +264,7 @@ class DefenseMaker(Maker):
             routing=partial(routings, precision=workplace.precision),
             fresh=partial(fresh_model, self.spec.model, given, self.seed, workplace.device, self._merge()),
             report=stages.add,
+            progress=partial(workplace.observer.on_progress, self.spec.defenses[-1].name),
             granted=self._grants(),
         )
         before = _shapes(self.model)

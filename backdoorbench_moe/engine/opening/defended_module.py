@@ -158,6 +158,7 @@ def _task(
         routing=partial(routings, precision=opened.precision),
         fresh=partial(_draw_again, opened.model, seed),
         report=stages.add,
+        progress=partial(observer.on_progress, name),
         granted={need: grants[need]() for need in needs},
     )
 

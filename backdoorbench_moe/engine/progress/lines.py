@@ -35,7 +35,7 @@ class LineObserver(AnnouncingObserver):
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
-        self._file = file
+        self._file, self._tenths = file, Tenths()
 
     def on_message(self, text: str) -> None:
         """Print the message. A message that cannot be printed does not end the run."""
@@ -58,3 +58,34 @@ class LineObserver(AnnouncingObserver):
             f"epoch {epoch}/{self._epochs}  loss {row['loss']:.4f}  train accuracy {row['train_accuracy']:.1f}%  "
             f"{self._images / row['seconds']:.0f} {self._noun}s/s  {left:.0f} s left"
         )
+
+    def on_progress(self, name: str, done: int, total: int) -> None:
+        """Print a line at each tenth, with the time left."""
+        if line := self._tenths.line(name, done, total):
+            self.on_message(line)
+
+
+class Tenths:
+    """The progress of steps as a line at each tenth of the way."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._first = self._done = self._last = 0
+        self._start = 0.0
+
+    def line(self, name: str, done: int, total: int) -> str | None:
+        """Return a line when `done` of `total` steps of `name` reach the next tenth, otherwise None.
+
+        The time left is estimated from the time since the first call for this name.
+        """
+        if name != self._name or done < self._done:
+            self._name, self._start = name, time.perf_counter()
+            self._first, self._last = done, 0
+        self._done = done
+        tenth = 10 * done // max(1, total)
+        if tenth <= self._last:
+            return None
+        self._last = tenth
+        passed, steps = time.perf_counter() - self._start, done - self._first
+        left = f", {passed / steps * (total - done):.0f} s left" if steps and done < total else ""
+        return f"{name}: {10 * tenth}%{left}"

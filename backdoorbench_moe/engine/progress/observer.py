@@ -33,3 +33,6 @@ class Observer:
 
     def on_train_end(self) -> None:
         """Training has finished or was interrupted."""
+
+    def on_progress(self, name: str, done: int, total: int) -> None:
+        """`done` of at most `total` steps of `name`, such as a defense, have finished outside of training."""
