@@ -126,6 +126,22 @@ def stamping(root: Path, scale: str) -> str:
     )
 
 
+def attacks(root: Path, scale: str) -> str:
+    """Draw the ASR of every attack of `standard-attacks` for both models, on the image and in every patch."""
+    folder = root / RESULTS / "standard-attacks" / scale
+    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    rows: dict[str, dict[str, str]] = {}
+    for cell in results.suite.cells:
+        spec, model = cell.spec, cell.spec.model.name
+        assert spec.trigger is not None and spec.applicator is not None
+        how = ", clean labels" if spec.poison.labels == "clean" else ", 1%" if spec.poison.cover else ""
+        texts = rows.setdefault(f"{spec.trigger.name}{how}", {})
+        texts[f"{model}, {spec.applicator.name}"] = whole_text(results.statistic(cell, "asr"))
+    columns = [f"{model}, {place}" for model in ("pmoe", "wide_resnet") for place in ("image", "patch")]
+    head = [["trigger", *columns], ["---", *["--:"] * len(columns)]]
+    return markdown([*head, *([name, *(row.get(c, "") for c in columns)] for name, row in rows.items())])
+
+
 def small_recipe(root: Path) -> str:
     """Draw what each recipe reaches with 10,000 images and 10 epochs."""
     keys = tuple(f"train.{key}" for key in ("optimizer", "lr", "momentum", "schedule"))
@@ -315,6 +331,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "texts-tokens": texts_tokens,
     "stamping": partial(stamping, scale="small"),
     "stamping-medium": partial(stamping, scale="medium"),
+    "attacks": partial(attacks, scale="quick"),
+    "attacks-small": partial(attacks, scale="small"),
     "small-recipe": small_recipe,
     "gtsrb": gtsrb,
     "dense": dense,
