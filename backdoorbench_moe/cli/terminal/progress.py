@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from backdoorbench_moe.engine.progress.lines import AnnouncingObserver, LineObserver, Tenths
+from backdoorbench_moe.engine.progress.lines import AnnouncingObserver, LineObserver
 from backdoorbench_moe.engine.progress.observer import Observer
 
 
@@ -24,9 +24,9 @@ class BarObserver(AnnouncingObserver):
     """A bar with epoch, loss, images or texts per second and time left."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._tenths = Tenths()
 
     def on_message(self, text: str) -> None:
         """Print the message above the bar."""
@@ -77,8 +77,3 @@ class BarObserver(AnnouncingObserver):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def on_progress(self, name: str, done: int, total: int) -> None:
-        """Print a line at each tenth, with the time left."""
-        if line := self._tenths.line(name, done, total):
-            self.on_message(line)
