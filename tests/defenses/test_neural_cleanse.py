@@ -76,8 +76,12 @@ def test_classes_that_share_a_pass_get_what_each_gets_alone() -> None:
 
 
 def test_by_default_as_many_classes_share_a_pass_as_stamp_640_images_of_32x32(monkeypatch) -> None:
-    groups = []
-    record = lambda goal, group, search: groups.append([each.number for each in group])  # noqa: E731
+    groups: list[list[int]] = []
+
+    def record(goal, group, search):
+        groups.append([each.number for each in group])
+        return iter(())
+
     monkeypatch.setattr("backdoorbench_moe.defenses.inversion._search_group", record)
     goal = class_goal(6)
     invert(goal, range(6), search(at_once=None, batch_size=4096))
