@@ -120,9 +120,9 @@ def strays(package: str | None = None) -> list[tuple[Candidate, str]]:
 
 def _group_advice(group: str) -> str:
     """Suggest a group for an unknown one. Only the ends of the names are compared, as all have the same beginning."""
-    ends = {known.removeprefix(f"{PACKAGE}."): known for known in GROUPS.values()}
+    ends = {known.removeprefix(f"{PACKAGE}."): known for known in OWN_GROUPS}
     near = near_names(normalize(group).removeprefix(f"{normalize(PACKAGE)}-"), ends, most=1)
-    return f"did you mean {ends[near[0]]!r}?" if near else f"known: {', '.join(GROUPS.values())}"
+    return f"did you mean {ends[near[0]]!r}?" if near else f"known: {', '.join(OWN_GROUPS)}"
 
 
 def normalize(package: str) -> str:

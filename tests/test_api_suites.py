@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+from types import MappingProxyType
 
+import numpy as np
 import pytest
+from PIL import Image
 from suites import BASE, GRID
 from tiny import Tiny
 
@@ -91,7 +95,9 @@ def test_a_results_folder_gives_the_same(made, tmp_path) -> None:
     result.save(tmp_path / "saved")
     saved = bbmoe.read_suite(SUITE, results=tmp_path / "saved")
     assert saved.table() == result.table() and saved.rows() == result.rows()
-    part = bbmoe.read_suite(SUITE, results=tmp_path / "saved", only=["trigger=blend"])
+    part = bbmoe.read_suite(SUITE, results=tmp_path / "saved", only="trigger=blend")
+    with pytest.raises(ConfigError, match="only: cannot be saved, as a results folder contains the complete"):
+        part.save(tmp_path / "part")
     assert "square" not in part.table() and {row["trigger"] for row in part.rows()} == {"blend", "none"}
     with pytest.raises(RecordError, match="expected suite 'smoke', found 'suite'"):
         bbmoe.read_suite("smoke", results=tmp_path / "saved")
@@ -116,6 +122,33 @@ def test_without_time_nothing_is_run(made, tmp_path) -> None:
     assert len(result.missing) == 3 and result.rows() == [] and "missing" in result.table()
 
 
+def test_a_dict_may_have_tuples_ranges_and_numbers_of_numpy(tmp_path) -> None:
+    grid = {"trigger": "square", "trigger.size": range(2, 4), "poison.rate": (np.float64(0.25), 0.5)}
+    suite = MappingProxyType({**SUITE, "grid": {**grid, "applicator": "image"}})
+    (tmp_path / "runs").mkdir()
+    assert len(bbmoe.read_suite(suite, output=tmp_path / "runs").results.suite.cells) == 4
+
+
+@pytest.mark.slow
+def test_data_that_changed_between_two_calls_are_read_again(tmp_path) -> None:
+    folder = tmp_path / "images"
+    for part, name, brightness in itertools.product(("train", "test"), ("a", "b"), range(20)):
+        (folder / part / name).mkdir(parents=True, exist_ok=True)
+        image = np.full((32, 32, 3), brightness + 100 * (name == "b"), np.uint8)
+        Image.fromarray(image).save(folder / part / name / f"{brightness}.png")
+    data_set = {"name": "folder", "root": str(folder), "image_size": 32}
+    suite = {
+        "title": "Folder",
+        "base": {**SUITE["base"], "dataset": data_set, "train": {"epochs": 1, "batch_size": 8}},
+        "grid": {"trigger": "square", "applicator": "image", "poison.rate": [0.25]},
+    }
+    bbmoe.run_suite(suite, output=tmp_path / "runs")
+    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(folder / "train" / "a" / "0.png")
+    with pytest.raises(RecordError, match="were made from different folder data"):
+        bbmoe.run_suite(suite, output=tmp_path / "runs", repeats=2)
+    assert not worker._runners
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -125,6 +158,10 @@ def test_without_time_nothing_is_run(made, tmp_path) -> None:
         ({"suite": "smoke", "repeats": 0}, "repeats: expected at least 1, got 0"),
         ({"suite": "smoke", "only": ["trigger"]}, "--only: expected"),
         ({"suite": "smoke", "workers": 0}, "--workers: expected at least 1, got 0"),
+        ({"suite": "smoke", "workers": "2"}, "workers: expected an integer, got '2'"),
+        ({"suite": "smoke", "repeats": "2"}, "repeats: expected an integer, got '2'"),
+        ({"suite": "smoke", "threads": 1}, "threads: expected workers with it"),
+        ({"suite": "smoke", "budget": "9"}, "--budget: expected a time such as 90s"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value)[:30],
 )

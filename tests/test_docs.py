@@ -209,6 +209,10 @@ def test_the_written_disguise_adds_the_distance_of_the_means() -> None:
     # The means are (0.5, 0) with the trigger, and (0.5, 0.5) of the one clean image of class 2.
     logits, loss = attack.loss(model, batch)
     assert logits is usual[0] and loss.item() == pytest.approx(1.0 + 10 * 0.25)
+    # Without a triggered image, or without a clean one of the target, there is no distance.
+    for poison, truth in ((0, labels), (2, torch.zeros_like(labels))):
+        batch = ControlledBatch(images, truth, images, truth, poison, 0, lambda _: usual)
+        assert attack.loss(model, batch)[1].item() == 1.0
 
 
 @pytest.mark.parametrize(("page", "line"), commands())

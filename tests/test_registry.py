@@ -354,7 +354,7 @@ def test_a_group_whose_name_is_misspelt_is_named(monkeypatch) -> None:
         return EntryPoints(points).select(**chosen)
 
     monkeypatch.setattr(plugins, "entry_points", entry_points)
-    known = ", ".join(plugins.GROUPS.values())
+    known = ", ".join(plugins.OWN_GROUPS)
     assert [(candidate.origin, reason) for candidate, reason in plugins.strays()] == [
         ("some 1.0", "unknown group 'backdoorbench-moe.models'; did you mean 'backdoorbench_moe.models'?"),
         ("some 1.0", f"unknown group 'backdoorbench_moe.checks'; known: {known}"),

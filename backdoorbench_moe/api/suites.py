@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,12 @@ from backdoorbench_moe.bench.tables import render
 from backdoorbench_moe.bench.tables.layout import build_sheet
 from backdoorbench_moe.bench.tables.results import ResultSet, with_seeds
 from backdoorbench_moe.bench.tables.tidy import tidy_rows
+from backdoorbench_moe.durations import parse_budget
 from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.torch_state import default_torch_state
-from backdoorbench_moe.errors import UnknownNameError
+from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.options import convert
+from backdoorbench_moe.plain import plain
 
 Form = Literal["markdown", "latex", "csv", "html"]
 FORMS = ("markdown", "latex", "csv", "html")
@@ -38,10 +41,12 @@ class SuiteResult:
     Attributes:
         results: The suite and its records.
         failed: The error message of each run that failed in this call, by the name of its folder.
+        only: The filters by which cells of the suite were selected.
     """
 
     results: ResultSet
     failed: Mapping[str, str] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
 
     @property
     def missing(self) -> list[str]:
@@ -71,7 +76,8 @@ class SuiteResult:
         """Return one dict for each finished run, including clean twins, for a data frame.
 
         Keys are those of `tidy.csv`: the parts and settings, each metric with its 95% interval (`asr`, `asr_low`,
-        `asr_high`) and number of images (`asr_n`), and the environment. Values that a run does not have are None.
+        `asr_high`) and number of images (`asr_n`; `cad` has neither), and the environment. Values that
+        a run does not have are None.
         """
         return tidy_rows(self.results)
 
@@ -82,9 +88,12 @@ class SuiteResult:
             The files of the folder.
 
         Raises:
+            ConfigError: The results are those of a part of the suite.
             RecordError: The folder is that of another suite, scale or version, or contains runs that these results
                 lack.
         """
+        if self.only:
+            raise ConfigError("only: cannot be saved, as a results folder contains the complete suite")
         return save_results(self.results, path_of(folder, "folder"))
 
     def _repr_markdown_(self) -> str:
@@ -96,10 +105,10 @@ def run_suite(
     suite: PathLike | Mapping[str, Any],
     *,
     scale: str | None = None,
-    only: Sequence[str] = (),
+    only: Sequence[str] | str = (),
     repeats: int | None = None,
     output: PathLike = "runs",
-    budget: float | None = None,
+    budget: float | str | None = None,
     workers: int | None = None,
     threads: int | None = None,
     data_root: PathLike | None = None,
@@ -116,13 +125,13 @@ def run_suite(
         suite: Name of a built-in suite, path of a YAML file, or a dict with the content of such a file, in which
             `version` may be missing.
         scale: One of the suite's scales; the first by default.
-        only: Strings "key=value[,value]"; only the cells with these settings are run.
+        only: A string "key=value[,value]" or several; only the cells with these settings are run.
         repeats: Number of seeds per cell; that of the suite by default.
         output: Folder of run folders.
-        budget: Seconds after which to stop; None for no limit.
+        budget: Time after which to stop, in seconds or as text such as "1h30m"; None for no limit.
         workers: Number of parallel processes. In a script, the call must then be below `if __name__ == "__main__":`. By
             default, the runs are executed in this process.
-        threads: CPU threads of each worker process; by default, an equal share of the cores.
+        threads: CPU threads of each worker process; by default, an equal share of the cores. Only with `workers`.
         data_root: Folder with the data set.
         download: Whether to download a missing data set.
         device: "auto", "cpu", "cuda" or "cuda:N"; that of the suite by default.
@@ -134,9 +143,10 @@ def run_suite(
     Raises:
         BbmoeError: The suite or an argument is invalid; nothing is trained.
     """
-    observer = observer or Observer()
-    read = _read(suite, scale, only)
-    read = read if repeats is None else read.with_repeats(repeats)
+    observer, filters = observer or Observer(), _filters(only)
+    read = _read(suite, scale).only(filters)
+    read = read if repeats is None else read.with_repeats(convert(repeats, int, "repeats"))
+    seconds = parse_budget(budget) if isinstance(budget, str) else convert(budget, float | None, "budget")
     given = {
         "root": None if data_root is None else str(path_of(data_root, "data_root")),
         "download": download,
@@ -149,15 +159,15 @@ def run_suite(
         if outcome.status == "failed":
             failed[outcome.name] = str(outcome.error)
 
-    run_missing(read, _engine(workers, threads, device), output=runs, budget=budget, on_outcome=on_outcome)
-    return SuiteResult(ResultSet.from_runs(read, runs), failed)
+    run_missing(read, _engine(workers, threads, device), output=runs, budget=seconds, on_outcome=on_outcome)
+    return SuiteResult(ResultSet.from_runs(read, runs), failed, filters)
 
 
 def read_suite(
     suite: PathLike | Mapping[str, Any],
     *,
     scale: str | None = None,
-    only: Sequence[str] = (),
+    only: Sequence[str] | str = (),
     repeats: int | None = None,
     output: PathLike = "runs",
     results: PathLike | None = None,
@@ -175,24 +185,40 @@ def read_suite(
     Raises:
         BbmoeError: The suite or an argument is invalid, or a record is damaged.
     """
-    folder = None if results is None else path_of(results, "results")
-    whole = with_seeds(_read(suite, scale, ()), repeats, folder)
-    read = whole.only(only)
+    folder, filters = None if results is None else path_of(results, "results"), _filters(only)
+    wanted = None if repeats is None else convert(repeats, int, "repeats")
+    whole = with_seeds(_read(suite, scale), wanted, folder)
+    read = whole.only(filters)
     if folder is None:
-        return SuiteResult(ResultSet.from_runs(read, path_of(output, "output")))
+        return SuiteResult(ResultSet.from_runs(read, path_of(output, "output")), only=filters)
     found = ResultSet.from_folder(whole, folder)
-    return SuiteResult(ResultSet(read, found.records, found.paper))
+    return SuiteResult(replace(found, suite=read), only=filters)
 
 
-def _read(suite: PathLike | Mapping[str, Any], scale: str | None, only: Sequence[str]) -> Suite:
+def _read(suite: PathLike | Mapping[str, Any], scale: str | None) -> Suite:
     if isinstance(suite, Mapping):
-        return parse_suite({"version": 1, **suite}, UNNAMED, scale).only(only)
-    return load_suite(str(path_of(suite, "suite", "the name or path of a suite, or a dict")), scale).only(
-        only
-    )
+        return parse_suite({"version": 1, **_as_yaml(suite)}, UNNAMED, scale)
+    return load_suite(str(path_of(suite, "suite", "the name or path of a suite, or a dict")), scale)
+
+
+def _as_yaml(value: Any) -> Any:
+    """Convert values to those of a YAML file: numbers of other libraries, ranges and tuples, and any mappings."""
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return {key: _as_yaml(item) for key, item in value.items()}
+    return [_as_yaml(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _filters(only: Sequence[str] | str) -> tuple[str, ...]:
+    return (only,) if isinstance(only, str) else tuple(only)
 
 
 def _engine(workers: int | None, threads: int | None, device: str | None) -> Engine:
-    if workers is None and threads is None:
-        return SerialEngine()
-    return make_engine(workers=1 if workers is None else workers, threads=threads, device=device)
+    if workers is not None:
+        threads = None if threads is None else convert(threads, int, "threads")
+        return make_engine(workers=convert(workers, int, "workers"), threads=threads, device=device)
+    if threads is not None:
+        raise ConfigError(
+            "threads: expected workers with it; in this process, torch.set_num_threads sets the number of threads"
+        )
+    return SerialEngine()

@@ -24,8 +24,8 @@ class ControlledBatch:
         labels: (B,) int64, the labels to learn: the attacker's for the images with the trigger, else the true ones.
         clean: (B, 3, H, W) float in [0, 1], the same images without the trigger and noise.
         truth: (B,) int64, their true labels.
-        poison: Number of images with the trigger.
-        noise: Number of images with the noise form.
+        poison: Number of images with the trigger; may be 0 in the last batch of an epoch, which can be smaller.
+        noise: Number of images with the noise form; may be 0.
         usual_loss: Maps a model to its logits (B, classes) for `images` and the usual loss, a scalar: cross-entropy
             with `labels`, smoothed as in the recipe, plus the auxiliary losses of routed layers.
     """
@@ -98,7 +98,7 @@ class TrainingControl(Attack):
     def loss(self, model: nn.Module, batch: ControlledBatch) -> tuple[Tensor, Tensor]:
         """Return the logits for a batch and the loss that the attacker minimises.
 
-        Called in every training step, in the precision of the run. On a GPU, the step is captured as a CUDA graph:
+        Called in every training step, in the precision of the run. On a GPU, the step may be captured as a CUDA graph:
         shapes must not depend on values, and the host must not wait for the device. Random values come from torch's
         global generator, which is seeded for each epoch.
 

@@ -149,6 +149,8 @@ def facts_of(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
     """Return facts about the audited subject as JSON values."""
     given = subject.images is not None
     cost = cost_of(subject, checks)
+    with seeded(subject.seed, "audit", "doubt"):
+        doubt = doubt_of(subject)
     return {
         "model": type(subject.model).__name__,
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
@@ -156,7 +158,7 @@ def facts_of(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
         "classes": subject.num_classes if given else None,
         "labels": subject.known_labels is not None,
         "accuracy": subject.accuracy if given else None,
-        "doubt": doubt_of(subject),
+        "doubt": doubt,
         "tasks": len(subject.tasks),
         "base": subject.base is not None,
         "seed": subject.seed,

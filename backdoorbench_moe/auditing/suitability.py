@@ -11,11 +11,12 @@ from backdoorbench_moe.ops.metrics import near_chance
 
 # Share of the images in one predicted class from which images without labels are doubted.
 MOST_IN_ONE_CLASS = 0.9
-# Ratio of variances from which they are doubted. For 42 models trained on CIFAR-10 (pMoE and WideResNet, 13 triggers),
-# it is at most 1.16 for 20 test images and 1.09 for 500, and at least 1.38 for noise, 1.33 for half the contrast and
-# 1.39 for a 3x3 box blur.
-LARGEST_RATIO = 1.3
-SMALLEST = 1e-12
+# Ratio of variances from which they are doubted. For 85 models trained on CIFAR-10 (pMoE and WideResNet, 16 triggers),
+# it is at most 1.19 for 20 test images and 1.09 for 500, and at least 1.25 for noise, 1.27 for half the contrast and
+# 1.28 for a 3x3 box blur.
+LARGEST_RATIO = 1.22
+# Number of values of a channel, such as 20 images of 7x7.
+FEWEST_VALUES = 900
 
 
 def doubt_of(subject: Subject) -> str:
@@ -25,7 +26,7 @@ def doubt_of(subject: Subject) -> str:
 
     - the accuracy is near chance or, without labels, nearly all images are predicted as one class;
     - the inputs of the model's batch norms have other variances than in training, which is also possible if the model
-      was trained with strong augmentation.
+      was trained with strong augmentation, or fine-tuned with frozen norms.
     """
     if subject.images is None:
         return ""
@@ -37,8 +38,8 @@ def doubt_of(subject: Subject) -> str:
 def _labels_doubt(subject: Subject) -> str:
     labels, predicted = subject.known_labels, subject.predicted
     assert labels is not None
-    chance = int(labels.bincount().max()) / len(labels)
-    if not near_chance(int((predicted == labels).sum()), len(labels), chance):
+    # Not that of the most frequent label, as all labels may be of one class.
+    if not near_chance(int((predicted == labels).sum()), len(labels), 1 / subject.num_classes):
         return ""
     return f"the accuracy on them, {subject.accuracy:.0f}%, is near chance"
 
@@ -55,25 +56,29 @@ def _norms_doubt(subject: Subject) -> str:
     ratio = variance_ratio(subject)
     if ratio is None or ratio <= LARGEST_RATIO:
         return ""
-    return f"the inputs of its batch norms have other variances than in training, by a factor of {ratio:.1f} on average"
+    return f"the inputs of its batch norms have other variances than in training, typically by a factor of {ratio:.1f}"
 
 
 def variance_ratio(subject: Subject) -> float | None:
     """Compare the inputs of the batch norms with their running statistics.
 
     Returns:
-        The ratio of the larger to the smaller variance of a channel, at least 1: the geometric mean over the channels
-        of a norm, and the median over the norms. None for a model without batch norms, or without images.
+        The ratio of the larger to the smaller variance of a channel, at least 1: the median over the channels of a
+        norm, which ignores pruned channels, and then the median over the norms. Norms with fewer than `FEWEST_VALUES`
+        values of a channel are left out, since their variances are uncertain. None if no norm is left, or without
+        images.
     """
-    norms = list(batch_norms(subject.model).values())
-    if not norms or subject.images is None:
+    norms, images = list(batch_norms(subject.model).values()), subject.images
+    if not norms or images is None:
         return None
-    images = subject.images
-    found = input_moments(norms, lambda: logits(subject.model, images, precision=subject.precision))
+    try:
+        found = input_moments(norms, lambda: logits(subject.model, images, precision=subject.precision))
+    except ValueError:
+        return None  # A norm receives a single value.
     ratios = []
     for norm in norms:
-        if norm in found and norm.running_var is not None:
-            own = found[norm][1].clamp(min=SMALLEST)
-            stored = norm.running_var.double().clamp(min=SMALLEST)
-            ratios.append((own / stored).log().abs().mean().item())
+        if norm not in found or found[norm][2] < FEWEST_VALUES or norm.running_var is None:
+            continue
+        own, stored = found[norm][1] + norm.eps, norm.running_var.double() + norm.eps
+        ratios.append((own / stored).log().abs().median().item())
     return math.exp(sorted(ratios)[len(ratios) // 2]) if ratios else None

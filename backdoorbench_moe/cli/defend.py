@@ -92,7 +92,8 @@ def command(
     defenses = split_names(names, skip, of_texts=parent.record.is_text)
     use_threads(threads, usage, device or parent.spec.device)
     given = {**place, "device": device, "observer": make_observer(quiet=quiet)}
-    is_list = len(defenses) > 1 or "all" in names
+    # Also a list of which --skip leaves one.
+    is_list = len(split_names(names)) > 1 or "all" in names
     if not (is_list or dry_run or form):
         _defend_once(parent, PartSpec(defenses[0], options), as_json=as_json, **given)
         return

@@ -52,7 +52,8 @@ class DefenseTask:
             every stage except the last. It copies the model; the copy is evaluated after the defense has returned, so
             the evaluation cannot influence the defense.
         progress: Function of a number of finished steps and the number of all steps, or an upper bound of it. A defense
-            that takes long outside of `tune` calls it after every step, so that users see how long it will take.
+            that takes long outside of `tune` calls it after every step, so that users see how long it will take. The
+            numbers never decrease.
         gate_train: The settings that the gates of a mixture were trained with; None for any other model.
         granted: Data and functions by the name in `Defense.needs`; for text data, "unsafe" in addition to "marked".
             Defenses read them through the properties.

@@ -62,18 +62,21 @@ def input_moments(
         run: Function that passes images through the model, once.
 
     Returns:
-        For each module that is called, the mean and the unbiased variance, (C,) float64 each, and the number of values
-        of a channel.
+        For each module that is called with any values, the mean and the unbiased variance, (C,) float64 each, and the
+        number of values of a channel.
 
     Raises:
         ValueError: A module receives a single value for a channel.
     """
     found: dict[nn.Module, _Moments] = {}
 
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.setdefault(module, _Moments()).add(inputs[0].detach().float())
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        values = [*inputs, *named.values()][0]
+        # A norm of an expert may receive no token of a batch.
+        if values.numel():
+            found.setdefault(module, _Moments()).add(values.detach().float())
 
-    hooks = [module.register_forward_pre_hook(add) for module in dict.fromkeys(modules)]
+    hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in dict.fromkeys(modules)]
     try:
         run()
     finally:

@@ -202,6 +202,17 @@ def test_tables_and_plots_select_rates_as_percent() -> None:
         tiny_suite(tables=[{**table, "where": {"poison.rate": "3%"}}])
 
 
+def test_a_part_without_options_is_told_from_one_with_options() -> None:
+    grid = {
+        "applicator": "image",
+        "trigger": ["square", {"name": "square", "size": 4}],
+        "poison.rate": [0.25],
+    }
+    table = {"title": "t", "rows": ["trigger"], "columns": "metric", "where": {"trigger": "square"}}
+    suite = tiny_suite(grid=grid, tables=[table])
+    assert [suite.tables[0].shows(cell.spec) for cell in suite.cells] == [True, False]
+
+
 @pytest.mark.parametrize("given", ["square", "square, size=4"])
 def test_tables_and_plots_select_parts_by_name_or_with_their_options(given) -> None:
     table = {"title": "t", "rows": ["poison.rate"], "columns": "metric", "where": {"trigger": given}}

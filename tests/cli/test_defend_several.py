@@ -263,6 +263,10 @@ BAD = {
         ["--defense", "all", "--skip", "re-route"],
         "defense: unknown 're-route'; did you mean 'reroute'",
     ),
+    "skips all but one": (
+        ["--defense", "strip,reroute", "--skip", "reroute", "--set", "strip.blend_s=1"],
+        "option: unknown 'blend_s'; did you mean 'blends'",
+    ),
     "skips nothing": (["--defense", "all", "--skip", ""], "--skip: expected names such as strip or strip,reroute"),
     "skips all": (
         ["--defense", "strip", "--skip", "strip"],

@@ -116,6 +116,11 @@ def work(job: Job, alive: Callable[[], bool] = lambda: True) -> Outcome:
     return Outcome(spec.name, "found" if watch.was_found else "finished")
 
 
+def forget_runners() -> None:
+    """Forget the data that this process keeps for further runs, so that data sets are read again."""
+    _runners.clear()
+
+
 def stop_working() -> None:
     """Interrupt the run that this process is executing, if any; for use in a signal handler.
 

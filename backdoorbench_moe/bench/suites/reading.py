@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from backdoorbench_moe.bench.suites.files import find_file, names_in
-from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Plot, Suite, matches, value_of
+from backdoorbench_moe.bench.suites.suite import (
+    METRIC_COLUMNS,
+    PARTS,
+    Cell,
+    Layout,
+    Plot,
+    Suite,
+    matches,
+    value_of,
+)
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
 from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.engine.files import pin_files
@@ -81,6 +90,8 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
     scale, scaled = _load_scale(values.get("scales"), scale, where, folder)
     base = _mapping(values.get("base", {}), f"{where}: base")
     cells = tuple(_lay_out(values["grid"], base, scaled, where))
+    tables = _read_items(Layout, values.get("tables", []), f"{where}: tables")
+    plots = _read_items(Plot, values.get("plots", []), f"{where}: plots")
     suite = Suite(
         name=name,
         title=convert(values["title"], str, f"{where}: title"),
@@ -89,8 +100,8 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
         note=str(scaled.get("note", "")),
         repeats=repeats,
         cells=cells,
-        tables=tuple(_read_items(Layout, values.get("tables", []), f"{where}: tables")),
-        plots=tuple(_read_items(Plot, values.get("plots", []), f"{where}: plots")),
+        tables=tuple(replace(table, where=_by_name(table.where, cells)) for table in tables),
+        plots=tuple(replace(plot, where=_by_name(plot.where, cells)) for plot in plots),
         paper=_read_paper(values.get("paper"), where),
         description=" ".join(convert(values.get("description", ""), str, f"{where}: description").split()),
     )
@@ -253,6 +264,18 @@ def _read_where(value: object, where: str) -> Values:
         key: read_rate(f"{where}: {key}", wanted) if isinstance(wanted, str) else wanted
         for key, wanted in _mapping(value, where).items()
     }
+
+
+def _by_name(where: Mapping[str, Any], cells: Sequence[Cell]) -> Values:
+    """Select parts by name, such as "square", unless a cell has the part without options or with these options."""
+    found: Values = {}
+    for key, wanted in where.items():
+        name = f"{key}.name"
+        if key in PARTS and not any(value_of(cell.spec, key) == wanted for cell in cells):
+            is_name = any(value_of(cell.spec, name) == wanted for cell in cells)
+            key = name if is_name else key
+        found[key] = wanted
+    return found
 
 
 def _read_paper(paper: object, where: str) -> Values | None:

@@ -214,14 +214,8 @@ def seedless_digest(spec: RunSpec) -> str:
 
 
 def matches(spec: RunSpec, where: Mapping[str, Any]) -> bool:
-    """Return whether a spec has these values, by key; a part may be given by its name or by its label."""
-    return all(wanted in selected_by(spec, key) for key, wanted in where.items())
-
-
-def selected_by(spec: RunSpec, key: str) -> tuple[Any, ...]:
-    """Return the values that select a spec: that of a key and, for a part, its label and its name."""
-    value = value_of(spec, key)
-    return (value, value_of(spec, f"{key}.name")) if key in PARTS else (value,)
+    """Return whether a spec has these values, by key."""
+    return all(value_of(spec, key) == wanted for key, wanted in where.items())
 
 
 def order(suite: Suite) -> Iterator[RunSpec]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backdoorbench_moe.metrics import METRICS, PERCENT, Metric
-from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
+from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval, seeds_interval
 from backdoorbench_moe.ops.metrics import mean_std
 
 # Equal shares of different counts may differ in the last bit.
@@ -61,11 +61,14 @@ def interval_of(values: Sequence[Mapping[str, float]], over_seeds: Interval | No
     Returns:
         The interval over seeds. With fewer than three seeds, the range from the lowest to the highest end of the
         intervals of single seeds: it is wider than the mean's interval over test images, but does not account for the
-        variation between seeds. None if a seed has no interval.
+        variation between seeds. None if a seed has no interval, or if there are at least three
+        seeds without an interval of their mean.
     """
     if over_seeds is not None:
         return over_seeds
-    if not values or any("low" not in value or "high" not in value for value in values):
+    if not values or len(values) >= FEWEST_SEEDS:
+        return None
+    if any("low" not in value or "high" not in value for value in values):
         return None
     return min(value["low"] for value in values), max(value["high"] for value in values)
 

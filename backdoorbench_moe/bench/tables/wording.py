@@ -91,11 +91,12 @@ def mean_text(statistic: Statistic, *, interval: bool = False) -> str:
     """Format mean, standard deviation and number of seeds, and how many seeds are near chance.
 
     For example, "99.3 ± 0.2 (n 2)", or "70.0 ± 52.0 (n 3, †1)" if one of three seeds is near chance. A single seed has
-    no deviation. With `interval`, the 95% interval takes the place of the deviation: "99.3 [98.9–99.5] (n 2)".
+    no deviation. With `interval`, the 95% interval takes the place of the deviation, if there is one:
+    "99.3 [98.9–99.5] (n 2)".
     """
     spread = "" if statistic.std is None else f" ± {number(statistic.std)}"
-    if interval:
-        spread = "" if statistic.shown is None else f" [{span(*statistic.shown)}]"
+    if interval and statistic.shown is not None:
+        spread = f" [{span(*statistic.shown)}]"
     mark = f", {MARK}{statistic.near_chance}" if statistic.near_chance else ""
     return f"{number(statistic.mean)}{spread} (n {statistic.n}{mark})"
 
@@ -167,7 +168,8 @@ def legend_parts(sheet: Sheet | MetricTable) -> list[str]:
     """Return the parts of the legend of one or several tables, without final full stops."""
     cell = "Each cell: mean ± standard deviation over n seeds"
     if sheet.intervals:
-        cell = f"Each cell: mean over n seeds and, in brackets, its 95% interval ({WHICH_INTERVAL})"
+        cell = f"Each cell: mean over n seeds and, in brackets, its 95% interval ({WHICH_INTERVAL}); the "
+        cell += "standard deviation where there is no interval"
     if sheet.has_paper:
         cell += (
             f"; the paper's value and our mean minus it; with at least {FEWEST_SEEDS} seeds, whether the paper's value "

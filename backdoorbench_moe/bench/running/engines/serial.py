@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from backdoorbench_moe.bench.running.engines.agenda import Agenda
-from backdoorbench_moe.bench.running.worker import Job, Outcome, work
+from backdoorbench_moe.bench.running.worker import Job, Outcome, forget_runners, work
 
 
 class SerialEngine:
@@ -14,6 +14,11 @@ class SerialEngine:
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """Execute the runs; see `Engine.run`."""
         agenda = Agenda(jobs)
-        while (job := agenda.take()) is not None:
-            outcome = Outcome(job.run_spec.name, "waiting") if job.is_late else work(job)
-            yield from agenda.note(job, outcome)
+        # The data may have changed since an earlier call in this process, which goes on afterwards without them.
+        forget_runners()
+        try:
+            while (job := agenda.take()) is not None:
+                outcome = Outcome(job.run_spec.name, "waiting") if job.is_late else work(job)
+                yield from agenda.note(job, outcome)
+        finally:
+            forget_runners()
