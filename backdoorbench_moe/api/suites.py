@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from backdoorbench_moe.api.arguments import PathLike, path_of
-from backdoorbench_moe.bench.pages.page import page
+from backdoorbench_moe.bench.pages.texts import FORMS, Form, tables_text
 from backdoorbench_moe.bench.running.engines import Engine, make_engine
 from backdoorbench_moe.bench.running.engines.serial import SerialEngine
 from backdoorbench_moe.bench.running.plan import with_place
@@ -17,8 +17,6 @@ from backdoorbench_moe.bench.running.worker import Outcome
 from backdoorbench_moe.bench.save import save_results
 from backdoorbench_moe.bench.suites.reading import load_suite, parse_suite
 from backdoorbench_moe.bench.suites.suite import Suite, order
-from backdoorbench_moe.bench.tables import render
-from backdoorbench_moe.bench.tables.layout import build_sheet
 from backdoorbench_moe.bench.tables.results import ResultSet, with_seeds
 from backdoorbench_moe.bench.tables.tidy import tidy_rows
 from backdoorbench_moe.durations import parse_budget
@@ -28,8 +26,6 @@ from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.options import convert
 from backdoorbench_moe.plain import plain
 
-Form = Literal["markdown", "latex", "csv", "html"]
-FORMS = ("markdown", "latex", "csv", "html")
 # Name of a suite that is given as a mapping.
 UNNAMED = "suite"
 
@@ -65,12 +61,7 @@ class SuiteResult:
         """
         if form not in FORMS:
             raise UnknownNameError("form", form, FORMS)
-        if form == "csv":
-            return render.statistics_csv(self.results)
-        if form == "html":
-            return page(self.results)
-        draw = render.markdown if form == "markdown" else render.latex
-        return draw(build_sheet(self.results, intervals=intervals))
+        return tables_text(self.results, form, intervals=intervals)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one dict for each finished run, including clean twins, for a data frame.

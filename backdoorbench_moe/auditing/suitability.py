@@ -11,9 +11,9 @@ from backdoorbench_moe.ops.metrics import near_chance
 
 # Share of the images in one predicted class from which images without labels are doubted.
 MOST_IN_ONE_CLASS = 0.9
-# Ratio of variances from which they are doubted. For 85 models trained on CIFAR-10 (pMoE and WideResNet, 16 triggers),
-# it is at most 1.19 for 20 test images and 1.09 for 500, and at least 1.25 for noise, 1.27 for half the contrast and
-# 1.28 for a 3x3 box blur.
+# Ratio of variances from which they are doubted. For 136 models trained on CIFAR-10 (pMoE and WideResNet, 16 triggers,
+# some defended), it is at most 1.19 for 20 test images and 1.10 for 500; at least 1.25 for noise and 1.27 for half the
+# contrast; and 1.10 to 1.66 for a 3x3 box blur, which is not always noticed (`benchmarks/suitability.py`).
 LARGEST_RATIO = 1.22
 # Number of values of a channel, such as 20 images of 7x7.
 FEWEST_VALUES = 900

@@ -16,7 +16,6 @@ from backdoorbench_moe.bench.suites.suite import (
     Layout,
     Plot,
     Suite,
-    matches,
     value_of,
 )
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
@@ -220,7 +219,7 @@ def _check_where(suite: Suite, where: Mapping[str, Any], place: str) -> None:
     cells = list(suite.cells)
     for key, wanted in where.items():
         there = {value_of(cell.spec, key): None for cell in cells}
-        cells = [cell for cell in cells if matches(cell.spec, {key: wanted})]
+        cells = [cell for cell in cells if value_of(cell.spec, key) == wanted]
         if not cells:
             known = " or ".join(map(repr, there))
             raise ConfigError(

@@ -101,19 +101,14 @@ def command(
 
 
 def _print(results: ResultSet, form: str, *, intervals: bool) -> None:
-    from backdoorbench_moe.bench.tables import render
-    from backdoorbench_moe.bench.tables.layout import build_sheet
-
     if form == "rich":
         from rich.console import Console
 
-        Console(highlight=False).print(render.rich_tables(results, intervals=intervals))
-    elif form == "html":
-        from backdoorbench_moe.bench.pages.page import page
+        from backdoorbench_moe.bench.tables.render import rich_tables
 
-        echo(page(results))
-    elif form == "csv":
-        echo(render.statistics_csv(results), nl=False)
-    else:
-        draw = render.markdown if form == "markdown" else render.latex
-        echo(draw(build_sheet(results, intervals=intervals)))
+        Console(highlight=False).print(rich_tables(results, intervals=intervals))
+        return
+    from backdoorbench_moe.bench.pages.texts import tables_text
+
+    # A CSV file ends with its last row.
+    echo(tables_text(results, form, intervals=intervals), nl=form != "csv")  # type: ignore[arg-type]
