@@ -22,6 +22,11 @@ def model_file_options(*, required: bool) -> Callable[[Any], Any]:
             required=required,
             help="Model of the weights (see `bbmoe list models`), or timm:<architecture>.",
         ),
+        click.option(
+            "--weights-key",
+            metavar="KEY",
+            help="Key of the state dict in a checkpoint, such as state_dict_ema.  [state_dict, model, ...]",
+        ),
         *normalisation_options("none"),
         click.option(
             "--resize", type=int, metavar="PX", help="Height and width to which the model resizes its input."
@@ -88,6 +93,7 @@ def spec_of_file(
     """
     chosen = {
         "weights": str(weights),
+        "weights_key": flags["weights_key"],
         "mean": read_colour("--mean", flags["mean"]),
         "std": read_colour("--std", flags["std"]),
         "resize": flags["resize"],

@@ -102,7 +102,7 @@ def _open(
         return open_file(spec), spec.seed
     if source.is_file():
         raise ConfigError.expected("--model", "the model of the weights in the file", None)
-    for name in ("mean", "std", "resize", "dataset", "image_size"):
+    for name in ("weights_key", "mean", "std", "resize", "dataset", "image_size"):
         if flags[name] is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(

@@ -40,6 +40,8 @@ class CommonOptions:
     Args:
         weights: File of weights that training starts from: safetensors, or a state dict saved by `torch.save`. None to
             draw the weights from the seed.
+        weights_key: The key of the state dict in a checkpoint, such as "state_dict_ema" for averaged weights. None for
+            a file that is a state dict, or has one under a common key such as "state_dict" or "model".
         head: The classifier if `weights` are given: "auto" loads that of the file if it has as many classes as the
             data, and otherwise draws a new one; "new" always draws a new one; "keep" requires that the one in the file
             fits.
@@ -51,10 +53,11 @@ class CommonOptions:
 
     Raises:
         UnknownNameError: There is no normalisation of this name.
-        ConfigError: A value is out of range, or only one of `mean` and `std` is given.
+        ConfigError: A value is out of range, only one of `mean` and `std` is given, or `weights_key` without `weights`.
     """
 
     weights: FilePath | None = None
+    weights_key: str | None = None
     head: Literal["auto", "new", "keep"] = "auto"
     mean: str | tuple[float, float, float] | None = None
     std: str | tuple[float, float, float] | None = None
@@ -62,6 +65,8 @@ class CommonOptions:
 
     def __post_init__(self) -> None:
         _ = self.normalisation
+        if self.weights_key is not None and self.weights is None:
+            raise ConfigError.expected("model.weights_key", "a file in model.weights", self.weights_key)
         if self.resize is not None and not 1 <= self.resize <= LARGEST_SIDE:
             raise ConfigError.expected("model.resize", f"1 to {LARGEST_SIDE} pixels", self.resize)
 

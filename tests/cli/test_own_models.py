@@ -56,6 +56,18 @@ def test_import_then_analyze_then_defend(bbmoe, imported) -> None:
     assert code == 0 and "BA" in heading and "ASR" not in heading, err
 
 
+def test_the_state_dict_under_a_key_is_imported(bbmoe, file, imported, tmp_path) -> None:
+    weights = load_file(file)
+    other = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    torch.save({"model": other, "model_ema": weights, "epoch": 7}, tmp_path / "checkpoint.pth")
+    words = ["--model", "pmoe", *SETS, *DATA, "--mean", "half", "--weights-key", "model_ema", "--json"]
+    code, out, err = bbmoe("import", tmp_path / "checkpoint.pth", *words, "--output", tmp_path / "runs")
+    assert code == 0, err
+    [record] = json.loads(out)["runs"]
+    assert record["metrics"] == load_run(imported).record.metrics
+    assert record["spec"]["model"]["weights_key"] == "model_ema"
+
+
 def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
     words = [
         file,
@@ -93,6 +105,7 @@ def test_the_word_weights_may_stand_there(bbmoe, file, tmp_path) -> None:
         ),
         (["--model", "pmoe", "--std", "0.5,0.5,0.5"], "model.mean: expected three numbers"),
         (["--model", "pmoe", "--resize", "0"], "model.resize: expected 1 to 8192"),
+        (["--model", "pmoe", "--weights-key", "ema"], "expected a checkpoint with the key 'ema'"),
         (["--model", "pmoe", "--set", "attack=moevil"], "attack: expected none, as the model is imported"),
         (["--model", "pmoe", "--set", "policy=0.1"], "policy"),
         (["--model", "pmoe", "--set", "trigger=warp"], "trigger"),
@@ -167,6 +180,11 @@ def test_the_weights_in_a_file_are_measured_as_their_run_is(bbmoe, file, importe
     for given, message in (
         (["trigger", file, *words], "--model: expected the model of the weights"),
         (["trigger", imported, *words, "--resize", "8"], "--resize: expected none for a run"),
+        (["trigger", imported, *words, "--weights-key", "a"], "--weights-key: expected none for a run"),
+        (
+            ["attack", "--set", "model.weights_key=a"],
+            "model.weights_key: expected a file in model.weights, got 'a'",
+        ),
         (["trigger", file, *words, *model, "--set", "model.widht=1"], "unknown 'widht'"),
         (["trigger", tmp_path / "none.pt", *words, *model], "not found"),
     ):

@@ -111,11 +111,13 @@ def test_labels_may_have_more_columns_and_the_first_is_what_counts() -> None:
         ),
         lambda model, images, labels: (model(images)[:1], model(images).sum()),
         lambda model, images, labels: (model(images).argmax(1), model(images).sum()),
+        lambda model, images, labels: model(images).sum(),
+        lambda model, images, labels: (model(images), 0.5),
     ],
-    ids=["a loss for each image", "too few logits", "predictions"],
+    ids=["a loss for each image", "too few logits", "predictions", "the loss only", "a number"],
 )
 def test_wrong_shapes_are_the_authors_fault(objective) -> None:
-    message = r"objective: expected logits \(2, classes\) and a scalar loss, got shapes"
+    message = r"of an attack or defense: expected logits \(2, classes\) and a scalar loss, got (shapes|Tensor|tuple)"
     with pytest.raises(PluginError, match=message):
         step_with(objective, torch.tensor([0, 1]))(torch.arange(2))
 

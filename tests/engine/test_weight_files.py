@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import resource
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
+import timm.utils
 import torch
 from hostile_weights import CODE_RAN, GOOD, HOSTILE, calling, legacy, safetensors, saved, with_pickle
 from safetensors.torch import save_file
@@ -99,6 +105,96 @@ def test_a_checkpoint_is_unwrapped_and_this_is_said(key, write, tmp_path) -> Non
     assert equal(found.tensors, model.state_dict())
     others = "optimizer, schedule, epoch, best, device"
     assert found.notes == (f"the state dict is under the key {key!r}; not read: {others}",)
+
+
+def test_settings_beside_the_state_dict_are_dropped(tmp_path) -> None:
+    """Checkpoints of training scripts contain their arguments."""
+    settings = argparse.Namespace(
+        lr=0.1,
+        output=Path("/results"),
+        betas=(0.9, 0.95),
+        more=SimpleNamespace(depths=[2, 2]),
+        counts=defaultdict(list, a=[1]),
+    )
+    content = {"state_dict": GOOD, "args": settings, "epoch": 3, "model": argparse.Namespace(name="resnet")}
+    for write in (saved, legacy):
+        (tmp_path / "w.pth").write_bytes(write(content))
+        found = read_weights(tmp_path / "w.pth")
+        assert equal(found.tensors)
+        assert found.notes == ("the state dict is under the key 'state_dict'; not read: args, epoch, model",)
+
+
+def test_a_checkpoint_of_timms_training_script_is_read(tmp_path) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    averaged = timm.utils.ModelEmaV3(model)
+    for parameter in averaged.parameters():
+        parameter.data.add_(1)
+    saver = timm.utils.CheckpointSaver(
+        model,
+        optimizer,
+        args=argparse.Namespace(model="test_resnet"),
+        model_ema=averaged,
+        checkpoint_dir=tmp_path,
+    )
+    saver.save_checkpoint(0, metric=50.0)
+    file = tmp_path / "last.pth.tar"
+    assert equal(read_weights(file).tensors, model.state_dict())
+    assert equal(read_weights(file, "state_dict_ema").tensors, averaged.module.state_dict())
+
+
+def test_classes_of_settings_are_not_imported(tmp_path, monkeypatch) -> None:
+    (tmp_path / "yacs").mkdir()
+    (tmp_path / "yacs" / "__init__.py").touch()
+    (tmp_path / "yacs" / "config.py").write_text("class CfgNode(dict): pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = importlib.import_module("yacs.config")
+    node = config.CfgNode(MODEL=config.CfgNode(TYPE="swin_moe"), AMP=True)
+    node.__dict__["__immutable__"] = True
+    (tmp_path / "w.pth").write_bytes(saved({"model": GOOD, "config": node}))
+    for name in ("yacs", "yacs.config"):
+        monkeypatch.delitem(sys.modules, name)
+    assert equal(read_weights(tmp_path / "w.pth").tensors)
+    assert "yacs" not in sys.modules
+
+
+def test_one_of_several_state_dicts_is_chosen_by_its_key(tmp_path) -> None:
+    averaged = {name: tensor + 1 for name, tensor in GOOD.items()}
+    content = {"state_dict": GOOD, "model": averaged, "state_dict_ema": averaged, "epoch": 3}
+    file = tmp_path / "w.pth"
+    file.write_bytes(saved(content))
+    found = read_weights(file, "state_dict_ema")
+    assert equal(found.tensors, averaged)
+    assert found.notes == (
+        "the state dict is under the key 'state_dict_ema'; not read: state_dict, model, epoch",
+    )
+    with pytest.raises(
+        RecordError, match=r"several; choose one of state_dict, model with model\.weights_key"
+    ):
+        read_weights(file)
+    with pytest.raises(
+        RecordError, match=r"the key 'state_dict_em'; did you mean state_dict_ema or state_dict\?"
+    ):
+        read_weights(file, "state_dict_em")
+    with pytest.raises(RecordError, match="the key 'epoch'; got state_dict, model, state_dict_ema"):
+        read_weights(file, "epoch")
+    file.write_bytes(saved(GOOD))
+    with pytest.raises(RecordError, match="the file has no key with a state dict"):
+        read_weights(file, "model")
+    save_file(GOOD, tmp_path / "w.safetensors")
+    with pytest.raises(RecordError, match="the key 'model', got a safetensors file"):
+        read_weights(tmp_path / "w.safetensors", "model")
+
+
+def test_attributes_that_hide_the_methods_of_a_dict_change_nothing(tmp_path) -> None:
+    class Hiding:
+        def __reduce__(self) -> tuple[object, ...]:
+            hidden = dict.fromkeys(("items", "keys", "values", "get", "copy"), 0)
+            return OrderedDict, (), hidden, None, iter(GOOD.items())
+
+    for content in (Hiding(), {"state_dict": Hiding(), "epoch": 3}):
+        (tmp_path / "w.pth").write_bytes(saved(content))
+        assert equal(read_weights(tmp_path / "w.pth").tensors)
 
 
 def test_the_first_ten_keys_that_are_not_read_are_named(tmp_path) -> None:

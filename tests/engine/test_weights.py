@@ -48,12 +48,35 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "module.model."],
+)
 def test_prefixes_are_taken_off_and_said(prefix) -> None:
     source, model = drawn(0), drawn(1)
     notes = fit(model, {f"{prefix}{name}": t for name, t in source.state_dict().items()})
     assert same(model, source)
-    assert len(notes) == prefix.count(".") and all("prefix" in note for note in notes)
+    assert notes == tuple(
+        f"the prefix '{part}.' was removed from all names" for part in prefix.split(".")[:-1]
+    )
+
+
+def test_the_prefix_of_a_training_framework_is_taken_off_the_names_of_timm() -> None:
+    torch.manual_seed(0)
+    source = timm.create_model("resnet10t", num_classes=5)
+    model = create_model("timm", architecture="resnet10t", num_classes=5, image_size=32, small_stem=False)
+    [note] = fit(model, {f"model.{name}": tensor for name, tensor in source.state_dict().items()})
+    assert "'model.'" in note and same(model, source)
+
+
+def test_a_prefix_stays_if_the_names_do_not_fit_without_it_or_also_fit_with_it() -> None:
+    model = nn.Sequential()
+    model.net = nn.Sequential()
+    model.net.net, model.other = nn.Linear(2, 2), nn.Linear(2, 2)
+    for prefix, unexpected in (("head.", "head.what"), ("net.", "net.what")):
+        tensors = {f"{prefix}what": torch.ones(1), f"{prefix}net.weight": torch.ones(2, 2)}
+        with pytest.raises(RecordError, match=rf"unexpected: {unexpected}"):
+            fit(model, tensors)
 
 
 def test_a_prefix_that_only_some_names_have_stays() -> None:

@@ -223,13 +223,17 @@ def _losses_of(objective: Objective) -> Losses:
     """Return a function that computes the logits and the loss of an objective, and checks their shapes."""
 
     def losses(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, loss = objective(model, images, labels)
-        if logits.ndim not in (2, 3) or len(logits) != len(labels) or loss.ndim:
-            raise PluginError(
-                f"objective: expected logits ({len(labels)}, classes) and a scalar loss, "
-                f"got shapes {tuple(logits.shape)} and {tuple(loss.shape)}"
-            )
-        return logits, loss, loss
+        found = objective(model, images, labels)
+        match found:
+            case (Tensor() as logits, Tensor() as loss):
+                if logits.ndim in (2, 3) and len(logits) == len(labels) and not loss.ndim:
+                    return logits, loss, loss
+                got = f"shapes {tuple(logits.shape)} and {tuple(loss.shape)}"
+            case _:
+                got = type(found).__name__
+        raise PluginError(
+            f"the loss of an attack or defense: expected logits ({len(labels)}, classes) and a scalar loss, got {got}"
+        )
 
     return losses
 

@@ -1,4 +1,4 @@
-"""Load weights from a file into a model. Names and shapes must match exactly; nothing is guessed."""
+"""Load weights from a file into a model. Names and shapes must match, apart from a prefix of all names."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def fit_weights(
 ) -> tuple[str, ...]:
     """Load weights into a model, in place.
 
-    The prefixes `WRAPPING` are removed. If the model has the attribute `published_prefix`, such as "network.", the
-    names may also lack this prefix. If it has the methods `own_name` and `their_name`, which convert published names to
-    those of the model and back, the names may also be the published ones.
+    Prefixes that all names of the file have are removed: those in `WRAPPING`, and any other, such as "model.", if names
+    fit the model only without it. If the model has the attribute `published_prefix`, such as "network.", the names may
+    also lack this prefix. If it has the methods `own_name` and `their_name`, which convert published names to those of
+    the model and back, the names may also be the published ones.
 
     Args:
         model: The model.
@@ -77,16 +78,30 @@ def _rename(
         The tensors by the model's names, the changes, and a function from a name of the model to that in the file.
     """
     renamed, notes = dict(tensors), []
-    while prefix := next((p for p in WRAPPING if _all_start(renamed, p) and not _all_start(own, p)), None):
-        renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
-        notes.append(f"the prefix {prefix!r} was removed from all names")
     published = getattr(model, "published_prefix", "")
+    while prefix := _outer_prefix(own, renamed, published):
+        renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
+        notes.append(f"the prefix {_printable(prefix)!r} was removed from all names")
     added = "" if any(name.startswith(published) for name in renamed) else published
     renamed = {f"{added}{name}": tensor for name, tensor in renamed.items()}
     if not isinstance(model, _Renames) or any(name in own for name in renamed):
         return renamed, tuple(notes), lambda name: name.removeprefix(added)
     renamed = {model.own_name(name): tensor for name, tensor in renamed.items()}
     return renamed, tuple(notes), model.their_name
+
+
+def _outer_prefix(own: Mapping[str, Tensor], names: Iterable[str], published: str) -> str:
+    """Return the prefix to remove from all names of a file; "" for none."""
+    first = next(iter(names), "")
+    prefix = first[: first.find(".") + 1]
+    if not prefix or not _all_start(names, prefix) or _all_start(own, prefix):
+        return ""
+
+    def known(name: str) -> bool:
+        return name in own or f"{published}{name}" in own
+
+    fits_only_without = any(known(name.removeprefix(prefix)) for name in names) and not any(map(known, names))
+    return prefix if prefix in WRAPPING or fits_only_without else ""
 
 
 def _all_start(names: Iterable[str], prefix: str) -> bool:

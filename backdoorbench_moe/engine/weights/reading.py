@@ -1,18 +1,12 @@
 """Read untrusted weight files: safetensors files, and state dicts in torch's two formats.
 
-No code in a file is executed. Torch's files are pickles: before `torch.load` reads one with `weights_only`, its
-instructions are listed, and any name that a state dict of dense tensors does not need is an error. Sizes are checked
-before memory is allocated, so that reading takes about as much memory as the file has bytes.
+No code in a file is executed. Sizes are checked before memory is allocated, so that reading takes about as much memory
+as the file has bytes.
 """
 
 from __future__ import annotations
 
-import io
-import pickletools
-import re
 import stat
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,42 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from backdoorbench_moe.errors import RecordError
+from backdoorbench_moe.engine.weights.refusals import first_line, refusal, short
+from backdoorbench_moe.engine.weights.torch_files import LARGEST_HEADER, check_legacy, check_zip, load_torch
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
 # The formats that are allowed for each suffix.
 SUFFIXES = {".safetensors": (SAFETENSORS,)} | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), (ZIP, LEGACY))
-# A thousand tensors take about 100 KB and 20,000 pickle instructions.
-LARGEST_HEADER = 16 << 20
-MOST_OPCODES = 500_000
-MOST_MEMBERS = 200_000
 # Tensors may share memory, such as tied weights. Their total size may be at most this multiple of the file's size.
 MOST_SHARED = 4
 # Keys under which training scripts save the state dict in a checkpoint.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 LISTED_KEYS = 10
-# The names in a pickle that a checkpoint of dense tensors needs.
-ADMITTED = re.compile(
-    r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
-    r"|torch(\.cuda)? \w+Storage|torch (Size|device|b?float\d+|u?int\d+|bool)|torch\.nn\.parameter Parameter"
-)
-REFUSED_OPCODES = (
-    "STACK_GLOBAL",
-    "INST",
-    "OBJ",
-    "EXT1",
-    "EXT2",
-    "EXT4",
-    "NEWOBJ_EX",
-    "BYTEARRAY8",
-    "NEXT_BUFFER",
-)
-# Maximum number of values in all tuples that a pickle creates or uses again. Python hashes a tuple by hashing all its
-# values again, which takes forever if each of many tuples contains the previous one twice.
-MOST_IN_TUPLES = 10 * MOST_OPCODES
-# Number of pickles at the start of a file in the old format, before the storages. The first three are constants.
-LEGACY_PICKLES, LEGACY_CONSTANTS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -77,29 +47,33 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def read_weights(path: Path | str) -> Weights:
+def read_weights(path: Path | str, key: str | None = None) -> Weights:
     """Read a safetensors file, or a state dict that `torch.save` wrote.
 
-    The format is detected from the content and must match the suffix. A state dict may be in a dict under one of the
-    keys in `WRAPPERS`. Links to regular files are followed.
+    The format is detected from the content and must match the suffix. Links to regular files are followed.
 
     Args:
         path: The file.
+        key: The key of the state dict in a checkpoint, such as "state_dict_ema". None for a file that is a state dict,
+            or has one under exactly one of the keys in `WRAPPERS`.
 
     Raises:
         RecordError: The file is missing, damaged, declares more data than it contains, or does not contain only named
-            tensors. The message is one line that names the file and the reason.
+            tensors, or there is no state dict under the key. The message is one line that names the file and the
+            reason.
     """
     file = Path(path)
     size, form = check_weights(file)
     if form == SAFETENSORS:
+        if key is not None:
+            raise refusal(file, f"expected a checkpoint with the key {short(key)!r}, got a safetensors file")
         tensors, metadata = _read_safetensors(file, size)
         return _checked(Weights(file, tensors, metadata), size)
     if form == ZIP:
-        _check_zip(file, size)
+        check_zip(file, size)
     else:
-        _check_legacy(file, size)
-    tensors, notes = _unwrap(file, _load_torch(file, mapped=form == ZIP))
+        check_legacy(file, size)
+    tensors, notes = _unwrap(file, load_torch(file, mapped=form == ZIP), key)
     return _checked(Weights(file, tensors, {}, notes), size)
 
 
@@ -116,12 +90,8 @@ def check_weights(file: Path) -> tuple[int, str]:
     form = _format_of(file, size)
     wanted = SUFFIXES.get(file.suffix.lower(), (form,))
     if form not in wanted:
-        raise _refusal(file, f"expected {wanted[0]} because of its suffix, but its content is {form}")
+        raise refusal(file, f"expected {wanted[0]} because of its suffix, but its content is {form}")
     return size, form
-
-
-def _refusal(file: Path, reason: str) -> RecordError:
-    return RecordError(f"weights {file}: {reason}")
 
 
 def _check_file(file: Path) -> int:
@@ -129,14 +99,14 @@ def _check_file(file: Path) -> int:
     try:
         found = file.stat()
     except FileNotFoundError:
-        raise _refusal(file, _missing(file)) from None
+        raise refusal(file, _missing(file)) from None
     except (OSError, ValueError) as error:
-        raise _refusal(file, getattr(error, "strerror", None) or str(error)) from error
+        raise refusal(file, getattr(error, "strerror", None) or str(error)) from error
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or device"
-        raise _refusal(file, f"expected a file, got {kind}")
+        raise refusal(file, f"expected a file, got {kind}")
     if not found.st_size:
-        raise _refusal(file, "is empty")
+        raise refusal(file, "is empty")
     return found.st_size
 
 
@@ -156,7 +126,7 @@ def _format_of(file: Path, size: int) -> str:
         with file.open("rb") as opened:
             start = opened.read(16)
     except OSError as error:
-        raise _refusal(file, f"cannot be read: {error.strerror}") from error
+        raise refusal(file, f"cannot be read: {error.strerror}") from error
     if start.startswith(b"PK\x03\x04"):
         return ZIP
     if start[8:9] == b"{":
@@ -164,15 +134,15 @@ def _format_of(file: Path, size: int) -> str:
     if start.startswith(b"\x80"):
         return LEGACY
     if file.suffix.lower() in SUFFIXES:
-        raise _refusal(file, f"does not match its suffix: expected {SUFFIXES[file.suffix.lower()][0]}")
-    raise _refusal(file, "expected a safetensors file or a state dict that torch.save wrote")
+        raise refusal(file, f"does not match its suffix: expected {SUFFIXES[file.suffix.lower()][0]}")
+    raise refusal(file, "expected a safetensors file or a state dict that torch.save wrote")
 
 
 def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     if header > min(LARGEST_HEADER, size - 8):
-        raise _refusal(
+        raise refusal(
             file, f"its header has {header:,} bytes, of a file of {size:,} (at most {LARGEST_HEADER:,})"
         )
     try:
@@ -180,168 +150,61 @@ def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Tensor], dict[st
             metadata = dict(opened.metadata() or {})
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise _refusal(file, f"is not a valid safetensors file: {_first_line(error)}") from error
+        raise refusal(file, f"is not a valid safetensors file: {first_line(error)}") from error
 
 
-def _check_zip(file: Path, size: int) -> None:
-    """Check the members of a zip file and its pickle before `torch.load` reads them."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            if len(members) > MOST_MEMBERS:
-                raise _refusal(file, f"has {len(members):,} members, expected at most {MOST_MEMBERS:,}")
-            for member in members:
-                _check_member(file, member)
-            if (total := sum(member.file_size for member in members)) > size:
-                raise _refusal(file, f"its members have {total:,} bytes, more than the file's {size:,}")
-            pickles = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
-            if len(pickles) != 1:
-                raise _refusal(file, f"expected one data.pkl in the zip file, found {len(pickles)}")
-            if pickles[0].file_size > LARGEST_HEADER:
-                raise _refusal(
-                    file, f"its data.pkl has {pickles[0].file_size:,} bytes (at most {LARGEST_HEADER:,})"
-                )
-            content = archive.read(pickles[0])
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise _refusal(file, f"is not a valid zip file: {_first_line(error)}") from error
-    _check_pickle(file, io.BytesIO(content), largest=None)
-
-
-def _check_member(file: Path, member: zipfile.ZipInfo) -> None:
-    name = member.filename
-    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name:
-        raise _refusal(file, f"has a member that leaves its folder: {_short(name)}")
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-        raise _refusal(
-            file, f"has a compressed or encrypted member, which torch.save does not write: {_short(name)}"
-        )
-
-
-def _check_legacy(file: Path, size: int) -> None:
-    """Check the pickles at the start of a file in torch's old format."""
-    with file.open("rb") as opened:
-        head = io.BytesIO(opened.read(LARGEST_HEADER))
-    for number in range(LEGACY_PICKLES):
-        # A storage is created with the size in the pickle, which cannot be larger than the file.
-        _check_pickle(file, head, largest=size if number >= LEGACY_CONSTANTS else None)
-
-
-def _check_pickle(file: Path, content: io.BytesIO, largest: int | None) -> None:
-    """List the instructions of a pickle without executing them, and raise an error for disallowed names and numbers.
-
-    Args:
-        file: The file, for error messages.
-        content: The pickle; it is read up to its end.
-        largest: The largest integer that is allowed; None for no limit.
-    """
-    tuples = _Tuples()
-    try:
-        for number, (code, argument, _) in enumerate(pickletools.genops(content)):
-            if number > MOST_OPCODES:
-                raise _refusal(file, f"its pickle has more than {MOST_OPCODES:,} instructions")
-            tuples.follow(code, argument)
-            if tuples.total > MOST_IN_TUPLES:
-                raise _refusal(file, f"its tuples have more than {MOST_IN_TUPLES:,} values; {ADVICE}")
-            if code.name == "GLOBAL" and not ADMITTED.fullmatch(str(argument)):
-                raise _refusal(
-                    file, f"contains {_short(str(argument).replace(' ', '.'))}, not only tensors; {ADVICE}"
-                )
-            if code.name in REFUSED_OPCODES:
-                raise _refusal(
-                    file, f"contains an instruction that no state dict has ({code.name}); {ADVICE}"
-                )
-            if largest is not None and type(argument) is int and argument > largest:
-                raise _refusal(
-                    file, f"contains the number {_short(str(argument))}, which is larger than the file"
-                )
-    except (ValueError, EOFError, OverflowError, UnicodeDecodeError) as error:
-        raise _refusal(file, f"is not a valid pickle: {_first_line(error)}") from error
-
-
-class _Tuples:
-    """Follows the stack of a pickle to count the values in its tuples.
-
-    Attributes:
-        total: Number of values in all tuples that were created or used again so far.
-    """
-
-    def __init__(self) -> None:
-        # The number of values in each tuple on the stack, including tuples in it; 1 for other values, None for marks.
-        self._stack: list[int | None] = []
-        self._memo: dict[Any, int] = {}
-        self.total = 0
-
-    def follow(self, code: pickletools.OpcodeInfo, argument: object) -> None:
-        """Follow an instruction. Raises ValueError if it takes values that were not created."""
-        if "PUT" in code.name or code.name == "MEMOIZE":
-            taken = self._take(["any"])
-            self._memo[len(self._memo) if argument is None else argument] = taken[0]
-            self._stack += taken
-        elif "GET" in code.name:
-            self._push(self._memo.get(argument, 1))
-        elif code.name == "MARK":
-            self._stack.append(None)
-        else:
-            taken = self._take([kind.name for kind in code.stack_before])
-            is_tuple = code.name.startswith("TUPLE") or code.name == "DUP"
-            for _ in code.stack_after:
-                self._push(1 + sum(taken) if is_tuple else 1)
-
-    def _push(self, values: int) -> None:
-        self._stack.append(values)
-        self.total += values if values > 1 else 0
-
-    def _take(self, kinds: list[str]) -> list[int]:
-        """Take values from the stack: all above the last mark if the kinds include one, and one for each other."""
-        taken: list[int] = []
-        if "mark" in kinds:
-            while (values := self._pop()) is not None:
-                taken.append(values)
-            kinds = kinds[: kinds.index("mark")]
-        return taken + [self._pop() or 1 for _ in kinds]
-
-    def _pop(self) -> int | None:
-        if not self._stack:
-            raise ValueError("an instruction takes a value that is not there")
-        return self._stack.pop()
-
-
-ADVICE = "save model.state_dict() with torch.save or safetensors"
-
-
-def _load_torch(file: Path, *, mapped: bool) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises many kinds of errors for a damaged file.
-        raise _refusal(file, f"cannot be read as a state dict: {_first_line(error)}") from error
-
-
-def _unwrap(file: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _unwrap(file: Path, content: object, key: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the state dict in what `torch.load` returned, and a note if it was inside another dict."""
     if not isinstance(content, dict):
-        raise _refusal(file, f"expected a dict of tensors, got {type(content).__name__}")
-    if any(isinstance(value, Tensor) for value in content.values()):
-        return dict(content), ()
-    known = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
-    if len(known) != 1:
-        found = (
-            ", ".join(known)
-            if known
-            else ", ".join(_short(str(key)) for key in list(content)[:LISTED_KEYS]) or "nothing"
-        )
-        raise _refusal(
-            file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
-        )
-    return dict(content[known[0]]), (
-        f"the state dict is under the key {known[0]!r}{_not_read(content, known[0])}",
+        raise refusal(file, f"expected a dict of tensors, got {type(content).__name__}")
+    found = _plain(content)
+    if key is None and _has_tensors(found):
+        return found, ()
+    states = {str(name): _plain(value) for name, value in found.items() if isinstance(value, dict)}
+    if key is None:
+        key = _only_key(file, found, states)
+    elif not _has_tensors(states.get(key, {})):
+        known = [name for name, state in states.items() if _has_tensors(state)]
+        raise refusal(file, f"expected a state dict under the key {short(key)!r}; {_offered(key, known)}")
+    return states[key], (f"the state dict is under the key {short(key)!r}{_not_read(found, key)}",)
+
+
+def _plain(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Copy a dict. Attributes that a pickle gave to an ordered dict may hide its methods."""
+    return {name: dict.__getitem__(content, name) for name in dict.__iter__(content)}
+
+
+def _has_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _only_key(file: Path, content: Mapping[Any, Any], states: Mapping[str, Mapping[Any, Any]]) -> str:
+    """Return the only key in `WRAPPERS` with a state dict."""
+    known = [key for key in WRAPPERS if key in states]
+    known = [key for key in known if _has_tensors(states[key])] or known
+    if len(known) == 1:
+        return known[0]
+    if known:
+        advice = f"choose one of {', '.join(known)} with model.weights_key (--weights-key)"
+        raise refusal(file, f"expected one state dict, got several; {advice}")
+    found = ", ".join(short(str(key)) for key in list(content)[:LISTED_KEYS]) or "nothing"
+    raise refusal(
+        file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
     )
+
+
+def _offered(key: str, known: list[str]) -> str:
+    """The keys with state dicts, for a message, with those that are spelled similarly to a key that has none."""
+    if not known:
+        return "the file has no key with a state dict"
+    if near := near_names(key, known):
+        return f"did you mean {' or '.join(map(short, near))}?"
+    return f"got {', '.join(map(short, known[:LISTED_KEYS]))}"
 
 
 def _not_read(content: Mapping[Any, Any], key: str) -> str:
     """The other keys of a checkpoint, such as averaged weights (EMA), which are another model; "" if there are none."""
-    others = [_short(str(other)) for other in content if other != key]
+    others = [short(str(other)) for other in content if other != key]
     more = f" and {len(others) - LISTED_KEYS} more" if len(others) > LISTED_KEYS else ""
     return f"; not read: {', '.join(others[:LISTED_KEYS])}{more}" if others else ""
 
@@ -350,31 +213,18 @@ def _checked(weights: Weights, size: int) -> Weights:
     """Check that all values are named dense tensors, and that their total size is possible for the file."""
     file, total = weights.file, 0
     if not weights.tensors:
-        raise _refusal(file, "contains no tensors")
+        raise refusal(file, "contains no tensors")
     for name, tensor in weights.tensors.items():
         if not isinstance(name, str):
-            raise _refusal(file, f"expected names of tensors, got {_short(repr(name))}")
+            raise refusal(file, f"expected names of tensors, got {short(repr(name))}")
         if not isinstance(tensor, Tensor):
-            raise _refusal(file, f"{_short(name)}: expected a tensor, got {type(tensor).__name__}")
+            raise refusal(file, f"{short(name)}: expected a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise _refusal(
-                file, f"{_short(name)}: expected a dense tensor, got {tensor.layout} on {tensor.device}"
+            raise refusal(
+                file, f"{short(name)}: expected a dense tensor, got {tensor.layout} on {tensor.device}"
             )
         values = tensor.numel() * tensor.element_size()
         total += values
         if values > tensor.untyped_storage().nbytes() or total > MOST_SHARED * size:
-            raise _refusal(file, f"{_short(name)}: the tensors have more values than the file can contain")
+            raise refusal(file, f"{short(name)}: the tensors have more values than the file can contain")
     return weights
-
-
-def _short(text: str) -> str:
-    """Format a text from a file for a message: printable, in one line, at most 60 characters."""
-    shown = text if text.isprintable() else ascii(text)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    shown = text if text.isprintable() else ascii(text)
-    return (shown[:200] or type(error).__name__).rstrip(". ")

@@ -73,7 +73,7 @@ def load_start(spec: RunSpec, model: nn.Module, observer: Observer) -> Start | N
     if chosen.weights is None:
         return None
     file = expand(chosen.weights, KEY)
-    weights = read_weights(file)
+    weights = read_weights(file, chosen.weights_key)
     notes = fit_weights(model, weights, head="keep" if spec.imported else chosen.head)
     # Weights fit a convolution with another stride as well, but the model would be another one.
     doubt = getattr(model, "stem_doubt", "")
