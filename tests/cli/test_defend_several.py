@@ -226,6 +226,20 @@ def test_interrupted_in_the_middle_the_same_command_goes_on(
     assert made.stat().st_mtime_ns == before
 
 
+def test_what_judges_training_images_has_its_rates_in_the_table(bbmoe, victim, tmp_path) -> None:
+    words = ["defend", victim.folder.path, "--defense", "spectral,reroute", "--output", tmp_path, "--quiet"]
+    words += [*SHARE, "--set", "spectral.epsilon=0.2", "--set", "spectral.retrain=false"]
+    code, out, err = bbmoe(*words, "--format", "csv")
+    assert code == 0, err
+    [folder] = tmp_path.glob("*-spectral-*")
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    rows = list(csv.DictReader(io.StringIO(out)))
+    found = {row["metric"]: row["mean"] for row in rows if row["defenses"].startswith("spectral")}
+    for name in ("sample_auroc", "sample_tpr", "sample_fpr"):
+        assert float(found[name]) == pytest.approx(metrics[name]["value"], abs=1e-5)
+    assert not {"auroc", "tpr", "fpr", "class_tpr", "class_fpr"} & {row["metric"] for row in rows}
+
+
 def test_an_option_goes_to_the_one_or_to_all_that_have_it(bbmoe, victim, tmp_path) -> None:
     words = [
         "defend",

@@ -32,7 +32,18 @@ from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.records.status import status_of
 
-COLUMNS = ("ba", "asr", "ra", "ba_over_tuning", "asr_over_tuning", "auroc", "tpr", "fpr", "seconds")
+# Metrics of judgements about inputs, training images and classes; shown if any of the defenses has them.
+JUDGEMENTS = (
+    "auroc",
+    "tpr",
+    "fpr",
+    "sample_auroc",
+    "sample_tpr",
+    "sample_fpr",
+    "class_tpr",
+    "class_fpr",
+)
+COLUMNS = ("ba", "asr", "ra", "ba_over_tuning", "asr_over_tuning", *JUDGEMENTS, "seconds")
 
 
 @dataclass(frozen=True)
@@ -229,10 +240,7 @@ def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
     absent = {"asr", "ra", "asr_over_tuning"} if not plan.spec.attacked else set()
     if plan.parent.record.is_text:
         absent |= {"ba_over_tuning", "asr_over_tuning"}
-    if not measured & {"auroc", "fpr"}:
-        absent |= {"auroc", "tpr", "fpr"}
-    elif not plan.spec.attacked:
-        absent |= {"auroc", "tpr"}
+    absent |= {*JUDGEMENTS} - measured
     # In mixtures, the safe answer to a marked image may differ from its true class.
     columns = ("unsafe" if key == "ra" and plan.spec.mixture is not None else key for key in COLUMNS)
     metrics = tuple(key for key in columns if key not in absent)
