@@ -169,6 +169,21 @@ def test_a_fault_of_a_plug_in_is_a_reason_too(bbmoe, victim, register, tmp_path)
     assert plan["not_applicable"] == {"faulty": "KeyError: 'no such layer'"}
 
 
+def test_too_few_images_for_plain_tuning_are_a_reason_too(bbmoe, tmp_path) -> None:
+    """ABL holds no clean images; beside it, 5% of 48 images are fewer than there are classes."""
+    few = tiny_spec(dataset={"name": "tiny", "train_images": 48})
+    [run] = run_attack(few, output=tmp_path, twin=False)
+    words = ["defend", run.folder.path, "--defense", "abl,reroute", *SHARE, "--set", "ratio=0.1", "--dry-run"]
+    code, out, err = bbmoe(*words, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert len(plan["runs"]) == 2
+    assert plan["not_applicable"] == {
+        "fine-tuning beside abl": "clean_fraction: 0.05 of 48 images is 2; expected at least 3, as many as there are "
+        "classes"
+    }
+
+
 def test_a_dense_model_keeps_what_does_not_need_experts(bbmoe, tmp_path) -> None:
     [dense] = run_attack(tiny_spec(model={"name": "vgg16_bn", "width": 4}), output=tmp_path, twin=False)
     words = ["defend", dense.folder.path, "--defense", "expert-drop,reroute,fine-tuning", *SHARE, "--dry-run"]

@@ -74,7 +74,7 @@ class DefensePlan:
         runner: Finds or executes the defended runs.
         setup: Model and data of the run.
         runs: The defended runs by increasing cost, followed by those of unknown cost.
-        refused: Why a defense cannot be applied, by name.
+        refused: Why a defense, or plain tuning beside one, cannot be applied, by name.
     """
 
     parent: Run
@@ -182,7 +182,11 @@ def plan_defenses(
         runs[defended.digest] = run
         tuned = None if isinstance(setup.data, TextSet) else plain_tuning(defended)
         if part.name != PLAIN_TUNING and tuned is not None and run.cost is not None and run.cost.trained:
-            runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
+            try:
+                runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
+            except ConfigError as error:
+                # A defense that holds no clean images may be applicable where 5% of the images are too few to tune on.
+                refused[f"{PLAIN_TUNING} beside {part.name}"] = _reason(PLAIN_TUNING, error)
     if not runs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(f"--defense: cannot be applied to {parent.folder.path.name}: {reasons}")
