@@ -40,6 +40,7 @@ class ExpertDrop(Defense):
         Ours; the idea is that of "Fine-Pruning" (Liu et al., RAID 2018).
     """
 
+    tuning_length: ClassVar[str | None] = "epochs"
     tiny: ClassVar[Mapping[str, object]] = {"epochs": 1}
 
     def __init__(

@@ -76,6 +76,8 @@ class IBAU(Defense):
         code YiZeng623/I-BAU.
     """
 
+    # Every round passes once over the clean images.
+    tuning_length: ClassVar[str | None] = "rounds"
     tiny: ClassVar[Mapping[str, object]] = {"rounds": 1, "inner_steps": 2, "fixed_point_steps": 2}
 
     def __init__(

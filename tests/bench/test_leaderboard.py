@@ -76,7 +76,7 @@ def judged(about: str, suspicious: object, scores: object = None) -> dict[str, o
 
 
 def fill_clean(output: Path) -> None:
-    """Two seeds of a filter; one seed of a detector of classes and samples, which also names an expert."""
+    """Two seeds of a filter; one seed of a detector of classes, samples and experts, which also chooses an expert."""
     strip, reroute, _ = clean_suite().cells
     for seed, spec in enumerate(strip.runs(2)):
         record = finished(spec)
@@ -89,7 +89,8 @@ def fill_clean(output: Path) -> None:
         judged("class", ["1"], {"0": 0.5, "1": 2.5, "2": 0.1}),
         judged("sample", 12),
         judged("model", ["model"]),
-        judged("expert", ["moe/0"]),
+        {**judged("expert", ["moe/0"], {"moe/0": 90.0, "moe/1": 80.0}), "threshold": None},
+        judged("expert", ["moe/1"], {"moe/0": 0.5, "moe/1": 2.5, "moe/2": 0.1, "moe/3": 0.2}),
     ]
     write(output, record)
 
@@ -159,6 +160,7 @@ def test_false_alarms_by_hand(board) -> None:
         ("strip", "input"),
         ("reroute", "class"),
         ("reroute", "sample"),
+        ("reroute", "expert"),
         ("reroute", "model"),
         ("fine-pruning", ""),
     }
@@ -167,6 +169,9 @@ def test_false_alarms_by_hand(board) -> None:
     assert strip.rate.interval == (proportion(100, 2000).low, proportion(140, 2000).high)
     # The data of these records has two classes.
     classes, samples, model = (found["reroute", about] for about in ("class", "sample", "model"))
+    # Without a threshold, moe/0 was chosen and is no alarm.
+    experts = found["reroute", "expert"]
+    assert (experts.rate.mean, experts.judged, experts.alarmed) == (25.0, 4, 1)
     assert classes.rate.mean == 50.0 and (classes.judged, classes.alarmed) == (2, 1)
     assert samples.rate.mean == 12.5 and (samples.judged, samples.alarmed) == (96, None)
     assert (model.rate.mean, model.judged, model.alarmed, model.seeds, model.wanted) == (100.0, 1, 1, 1, 2)

@@ -169,6 +169,21 @@ def test_a_fault_of_a_plug_in_is_a_reason_too(bbmoe, victim, register, tmp_path)
     assert plan["not_applicable"] == {"faulty": "KeyError: 'no such layer'"}
 
 
+def test_too_few_images_for_plain_tuning_are_a_reason_too(bbmoe, tmp_path) -> None:
+    """ABL holds no clean images; beside it, 5% of 48 images are fewer than there are classes."""
+    few = tiny_spec(dataset={"name": "tiny", "train_images": 48})
+    [run] = run_attack(few, output=tmp_path, twin=False)
+    words = ["defend", run.folder.path, "--defense", "abl,reroute", *SHARE, "--set", "ratio=0.1", "--dry-run"]
+    code, out, err = bbmoe(*words, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert len(plan["runs"]) == 2
+    assert plan["not_applicable"] == {
+        "fine-tuning beside abl": "clean_fraction: 0.05 of 48 images is 2; expected at least 3, as many as there are "
+        "classes"
+    }
+
+
 def test_a_dense_model_keeps_what_does_not_need_experts(bbmoe, tmp_path) -> None:
     [dense] = run_attack(tiny_spec(model={"name": "vgg16_bn", "width": 4}), output=tmp_path, twin=False)
     words = ["defend", dense.folder.path, "--defense", "expert-drop,reroute,fine-tuning", *SHARE, "--dry-run"]
@@ -224,6 +239,20 @@ def test_interrupted_in_the_middle_the_same_command_goes_on(
     code, out, _ = bbmoe(*words)
     assert code == 0 and runs(out) == ["reroute", "interrupted", "silent"]
     assert made.stat().st_mtime_ns == before
+
+
+def test_what_judges_training_images_has_its_rates_in_the_table(bbmoe, victim, tmp_path) -> None:
+    words = ["defend", victim.folder.path, "--defense", "spectral,reroute", "--output", tmp_path, "--quiet"]
+    words += [*SHARE, "--set", "spectral.epsilon=0.2", "--set", "spectral.retrain=false"]
+    code, out, err = bbmoe(*words, "--format", "csv")
+    assert code == 0, err
+    [folder] = tmp_path.glob("*-spectral-*")
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    rows = list(csv.DictReader(io.StringIO(out)))
+    found = {row["metric"]: row["mean"] for row in rows if row["defenses"].startswith("spectral")}
+    for name in ("sample_auroc", "sample_tpr", "sample_fpr"):
+        assert float(found[name]) == pytest.approx(metrics[name]["value"], abs=1e-5)
+    assert not {"auroc", "tpr", "fpr", "class_tpr", "class_fpr"} & {row["metric"] for row in rows}
 
 
 def test_an_option_goes_to_the_one_or_to_all_that_have_it(bbmoe, victim, tmp_path) -> None:

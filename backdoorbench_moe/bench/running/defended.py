@@ -32,7 +32,18 @@ from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import Record, RunFolder
 from backdoorbench_moe.records.status import status_of
 
-COLUMNS = ("ba", "asr", "ra", "ba_over_tuning", "asr_over_tuning", "auroc", "tpr", "fpr", "seconds")
+# Metrics of judgements about inputs, training images and classes; shown if any of the defenses has them.
+JUDGEMENTS = (
+    "auroc",
+    "tpr",
+    "fpr",
+    "sample_auroc",
+    "sample_tpr",
+    "sample_fpr",
+    "class_tpr",
+    "class_fpr",
+)
+COLUMNS = ("ba", "asr", "ra", "ba_over_tuning", "asr_over_tuning", *JUDGEMENTS, "seconds")
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class DefensePlan:
         runner: Finds or executes the defended runs.
         setup: Model and data of the run.
         runs: The defended runs by increasing cost, followed by those of unknown cost.
-        refused: Why a defense cannot be applied, by name.
+        refused: Why a defense, or plain tuning beside one, cannot be applied, by name.
     """
 
     parent: Run
@@ -171,7 +182,11 @@ def plan_defenses(
         runs[defended.digest] = run
         tuned = None if isinstance(setup.data, TextSet) else plain_tuning(defended)
         if part.name != PLAIN_TUNING and tuned is not None and run.cost is not None and run.cost.trained:
-            runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
+            try:
+                runs.setdefault(tuned.digest, _applied(tuned, spec, setup))
+            except ConfigError as error:
+                # A defense that holds no clean images may be applicable where 5% of the images are too few to tune on.
+                refused[f"{PLAIN_TUNING} beside {part.name}"] = _reason(PLAIN_TUNING, error)
     if not runs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(f"--defense: cannot be applied to {parent.folder.path.name}: {reasons}")
@@ -229,10 +244,7 @@ def _suite(plan: DefensePlan, found: Mapping[str, Record]) -> Suite:
     absent = {"asr", "ra", "asr_over_tuning"} if not plan.spec.attacked else set()
     if plan.parent.record.is_text:
         absent |= {"ba_over_tuning", "asr_over_tuning"}
-    if not measured & {"auroc", "fpr"}:
-        absent |= {"auroc", "tpr", "fpr"}
-    elif not plan.spec.attacked:
-        absent |= {"auroc", "tpr"}
+    absent |= {*JUDGEMENTS} - measured
     # In mixtures, the safe answer to a marked image may differ from its true class.
     columns = ("unsafe" if key == "ra" and plan.spec.mixture is not None else key for key in COLUMNS)
     metrics = tuple(key for key in columns if key not in absent)

@@ -171,8 +171,9 @@ class Trainer:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ConfigError(
-                f"train.batch_size: {self.spec.batch_size} leaves a last batch of one image, "
-                "on which this model's batch norm cannot be trained; choose another size"
+                f"train.batch_size: {self.spec.batch_size} of {len(self.split)} images leaves a last batch of one "
+                "image, on which this model's batch norm cannot be trained; choose another size, or for a defense "
+                "another clean_fraction"
             ) from error
         except torch.OutOfMemoryError as error:
             raise ConfigError(
