@@ -50,6 +50,11 @@ class DataPoisoning(Attack):
     def _check_clean_labels(self, labels: Tensor, poisoned: int) -> None:
         """Raise ConfigError if, with clean labels, all images of the target class would be stamped."""
         whole = int((labels == class_number("poison.target", self.poison.target)).sum())
+        if self.poison.labels == "clean" and poisoned == whole == 1:
+            raise ConfigError(
+                f"poison.target: class {self.poison.target} has 1 training image; with poison.labels=clean, expected "
+                "at least 2, as one of them must stay without the trigger"
+            )
         if self.poison.labels == "clean" and poisoned == whole:
             raise ConfigError(
                 f"poison.rate: {self.poison.rate} of {len(labels)} images is {poisoned}, which are all images of class "

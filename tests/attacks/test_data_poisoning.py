@@ -73,6 +73,12 @@ def test_clean_labels_leave_an_image_of_the_target_class_without_the_trigger() -
     assert plan(rate=1.0, target=1).indices.tolist() == list(range(10))  # Dirty labels may.
 
 
+def test_clean_labels_need_two_images_of_the_target_class() -> None:
+    attack = DataPoisoning(poison=PoisonSpec(rate=0.25, target=1, labels="clean"))
+    with pytest.raises(ConfigError, match=r"poison\.target: class 1 has 1 training image; .* at least 2"):
+        attack(torch.tensor([0, 1, 0, 2]), num_classes=3, seed=0)
+
+
 def test_clean_labels_of_sources_without_the_target_have_no_candidates() -> None:
     with pytest.raises(ConfigError, match=r"poison\.rate: .* only 0 images can be chosen \(labels=clean"):
         plan(rate=0.2, target=0, labels="clean", source=(1,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from defense_tasks import copies, make_task, used_model
+from planted_pattern import accuracy, planted
 from torch import nn
 
 from backdoorbench_moe.defenses import create_defense
@@ -12,6 +13,7 @@ from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
 from backdoorbench_moe.defenses.tile_tuning import STAMPS, stamp_at_random
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
+from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.patches import tile
 from backdoorbench_moe.testing.making import batch
 
@@ -85,6 +87,24 @@ def test_all_kinds_share_the_images(side) -> None:
     assert stamped.shape == images.shape and 0 <= stamped.min() <= stamped.max() <= 1
     assert ((stamped - images).flatten(1).abs().amax(1) > 0).all()
     assert stamp_at_random([*STAMPS], side, images[:1]).shape == (1, 3, 8, 8)
+
+
+def test_a_planted_tile_is_unlearned_and_not_by_plain_tuning_or_other_tiles() -> None:
+    """A random tile has a share of any tile; independent random pixels of the whole image have less of it."""
+    lost = {}
+    for name, options in {
+        "tiles": {"patch_size": 4},
+        "image": {"applicator": "image"},
+        "control": {},
+    }.items():
+        model, pattern, clean = planted("patch")
+        images, labels = as_input(clean.images), clean.labels
+        task, _ = make_task(model, clean=clean, batch_size=40)
+        defense = "fine-tuning" if name == "control" else "tile-tuning"
+        create_defense(defense, epochs=60, lr=1.0, **options)(task)
+        assert accuracy(model, images, labels) == 1
+        lost[name] = 2 - (model.head.weight[0] @ pattern.flatten()).item()
+    assert lost["tiles"] > 0.3 and lost["image"] < 0.1 and abs(lost["control"]) < 0.01, "the weight was 2"
 
 
 def test_the_model_is_tuned_on_the_true_labels_as_the_options_say() -> None:

@@ -267,7 +267,9 @@ def test_training_learns() -> None:
 
 
 def test_divergence_is_said() -> None:
-    with pytest.raises(RecordError, match=r"training diverged in epoch \d+.*lower train\.lr"):
+    with pytest.raises(
+        RecordError, match=r"training diverged in epoch \d+.*\(train\.lr, or lr of a defense\)"
+    ):
         make_trainer(TrainSpec(epochs=5, lr=1e30), []).fit("diverge")
 
 

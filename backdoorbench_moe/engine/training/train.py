@@ -211,7 +211,8 @@ class Trainer:
         loss = self.step.loss_sum.item() / seen
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
-            raise RecordError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; lower train.lr?")
+            advice = "lower the learning rate (train.lr, or lr of a defense)?"
+            raise RecordError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; {advice}")
         accuracy = 100 * self.step.hits.item() / seen
         return {"epoch": epoch + 1, "loss": loss, "train_accuracy": accuracy, "lr": lr, "seconds": seconds}
 
