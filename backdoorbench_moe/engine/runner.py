@@ -167,6 +167,7 @@ class Runner:
     def __init__(self, spec: RunSpec, output: Path | str = "runs", observer: Observer | None = None) -> None:
         self.workplace = Workplace(spec, observer)
         self.output = Path(output)
+        self._checked: set[str] = set()
 
     def say_memory(self, spec: RunSpec) -> str | None:
         """Estimate the memory of a run and of all runs that it needs; warn if the machine has less.
@@ -202,16 +203,17 @@ class Runner:
         return maker
 
     def check(self, *specs: RunSpec) -> None:
-        """Check runs, and all runs that they need, before anything is written. Runs that already exist are skipped.
+        """Check runs, and all runs that they need, before anything is written.
+
+        Runs that already exist, and those that were checked before, are skipped.
 
         Raises:
             BbmoeError: A part cannot be built, or is incompatible with the data or another part.
         """
-        seen = set()
         for needed in (each for spec in specs for each in lineage(self.workplace.resolve(spec))):
-            if needed.digest not in seen and not RunFolder(self.output / needed.name).exists:
+            if needed.digest not in self._checked and not RunFolder(self.output / needed.name).exists:
                 MAKERS[kind_of(needed)](needed, self.workplace).check_weights()
-            seen.add(needed.digest)
+            self._checked.add(needed.digest)
 
     def attack(self, spec: RunSpec, *, twin: bool = True) -> Run:
         """Return the finished run of a spec, as `finish` does. With `twin`, compare it with its clean twin."""

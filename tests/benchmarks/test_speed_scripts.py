@@ -282,6 +282,22 @@ def test_allocator(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_versions(tmp_path: Path) -> None:
+    old = SPEED.parents[1]  # Stands for another checkout.
+    result = measure(
+        tmp_path,
+        "versions.py",
+        str(old),
+        *("--model", "small", "--batches", "1", "--rounds", "1", "--threads", "1"),
+    )
+    model = result["models"]["small"]
+    assert model["images_per_second"].keys() == model["matrix_share"].keys() == {"old", "new"}
+    assert all(rate > 0 for rate in model["images_per_second"].values())
+    done = call("versions.py", str(tmp_path))
+    assert done.returncode == 2 and "OLD: expected a checkout of this repository" in done.stderr
+
+
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     few = ("--set", "dataset.train_images=64", "--set", "dataset.test_images=40", "--set", "train.epochs=1")
     result = measure(tmp_path, "demo.py", "--seeds", "2", "--precision", "avx2", "--former", "1", *few)

@@ -136,11 +136,13 @@ def _print_plan(
     from backdoorbench_moe.bench.suites.suite import order
     from backdoorbench_moe.cli.tables.plan import total_line
 
-    known, plans = read_results(results), {}
+    known, plans, checked = read_results(results), {}, set[str]()
     for entry in entries:
         suite = entry.placed(root, device)
         runs = read_plan(list(order(suite)), output, known)
-        check(suite, [run.spec for run in runs if run.status != "finished"], output)
+        left = {run.spec.digest: run.spec for run in runs if run.status != "finished"}
+        check(suite, [spec for digest, spec in left.items() if digest not in checked], output)
+        checked |= left.keys()
         plans[entry.label] = runs
     # A run that several entries share counts in the first. Each kind of run is timed once for all entries.
     union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}

@@ -80,7 +80,7 @@ class ImageSetup(Setup):
             self._check_learned()
             if isinstance(self.stamper.trigger, StoredTrigger):
                 self._check_uses_of_stored()
-            else:
+            elif not spec.defenses:  # Otherwise it was checked for the attacked run.
                 self._check_visible()
         if spec.policy:
             policy_count(len(images.train), spec.policy)
