@@ -13,6 +13,7 @@ from backdoorbench_moe.bench.pages.claims import (
     Claim,
     claim_row,
     claims_tables,
+    filters,
     find_cells,
     judge,
     read_claims,
@@ -117,18 +118,21 @@ def test_a_row_has_the_papers_values_and_ours() -> None:
     row = claim_row(judge(AGAINST, [results(HIGH, LOW)]))
     assert row["paper"] == "99.8 against 90.7" and row["ours"] == "99.4 ± 0.5 against 10.6 ± 0.6"
     text = claims_tables([judge(AGAINST, [results(HIGH, LOW)])], Path("r"))
-    assert "**A paper**" in text and "| stands | part |" in text
-    assert (
-        "bbmoe bench table part --repeats 5 --from r/part\nbbmoe bench run part --repeats 5 --data-root DIR"
-        in text
-    )
+    assert "**A paper**" in text and "| 1 | " in text and "| stands | part |" in text
+    assert "\nbbmoe bench table part --repeats 5 --from r/part\n" in text
+    kept = "--only trigger=square --only poison.rate=0.5% --only applicator=patch,image"
+    assert f"\nbbmoe bench run part --repeats 5 {kept} --data-root DIR  # 1\n" in text
 
 
 @pytest.mark.slow
 def test_every_claim_of_the_file_fits_its_suite_at_every_scale() -> None:
     for claim in read_claims(CLAIMS):
         for scale in claim.scales:
-            assert len(find_cells(claim, load_suite(claim.suite, scale))) == (1 if claim.than is None else 2)
+            suite = load_suite(claim.suite, scale)
+            cells = find_cells(claim, suite)
+            assert len(cells) == (1 if claim.than is None else 2)
+            kept = {cell.spec.digest for cell in suite.only(filters(claim, suite)).cells}
+            assert {cell.spec.digest for cell in cells} <= kept
 
 
 GOOD = {"claim": "c", "source": "s", "suite": "smoke", "scales": ["small"], "at_least": 1}

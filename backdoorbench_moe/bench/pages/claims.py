@@ -11,13 +11,13 @@ from typing import Any, Literal
 from backdoorbench_moe.bench.pages.leaderboard import results_folder
 from backdoorbench_moe.bench.pages.page import run_command, suite_words
 from backdoorbench_moe.bench.suites.reading import check_metric, load_suite
-from backdoorbench_moe.bench.suites.suite import Cell, Suite, value_of
+from backdoorbench_moe.bench.suites.suite import Cell, Suite, asked, value_of
 from backdoorbench_moe.bench.tables.layout import label
 from backdoorbench_moe.bench.tables.render import markdown_row
 from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, with_seeds
 from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.bench.tables.wording import number, span
-from backdoorbench_moe.config import load_yaml
+from backdoorbench_moe.config import PARTS, load_yaml
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval
 from backdoorbench_moe.options import convert
@@ -263,34 +263,63 @@ HEADINGS = {
 
 
 def claims_tables(verdicts: Sequence[Verdict], folders: Path) -> str:
-    """Return verdicts as Markdown: a table for each paper, and the commands that reproduce each suite's numbers.
+    """Return verdicts as Markdown: a table for each paper, and the commands for the numbers of each claim.
 
     Args:
         verdicts: The verdicts.
         folders: The folder of results folders, as written in the commands.
     """
     lines: list[str] = []
+    numbered = list(enumerate(verdicts, 1))
     for source in dict.fromkeys(verdict.claim.source.partition(",")[0] for verdict in verdicts):
         lines += [
             f"**{source}**",
             "",
-            markdown_row([*HEADINGS.values()]),
-            markdown_row(["---"] * len(HEADINGS)),
+            markdown_row(["#", *HEADINGS.values()]),
+            markdown_row(["---"] * (1 + len(HEADINGS))),
         ]
-        rows = [claim_row(each) for each in verdicts if each.claim.source.partition(",")[0] == source]
-        lines += [markdown_row([row[key] for key in HEADINGS]).replace(" ± ", SPREAD) for row in rows]
+        for place, each in numbered:
+            if each.claim.source.partition(",")[0] == source:
+                row = claim_row(each)
+                lines.append(
+                    markdown_row([str(place), *(row[key] for key in HEADINGS)]).replace(" ± ", SPREAD)
+                )
         lines.append("")
-    lines += ["```", *dict.fromkeys(line for each in verdicts for line in commands(each, folders)), "```"]
-    return "".join(f"{line}\n" for line in lines)
+    drawn = dict.fromkeys(draw_command(each, folders) for each in verdicts if any(each.ours))
+    made: dict[str, list[str]] = {}
+    for place, each in numbered:
+        made.setdefault(make_command(each), []).append(str(place))
+    lines += ["The numbers, from the records:", "", "```", *drawn, "```", ""]
+    lines += ["The runs of each claim:", "", "```"]
+    lines += [f"{command}  # {', '.join(places)}" for command, places in made.items()]
+    return "".join(f"{line}\n" for line in (*lines, "```"))
 
 
-def commands(verdict: Verdict, folders: Path) -> list[str]:
-    """Return the commands that draw the numbers of a verdict from its records, and that run its suite."""
-    suite = verdict.suite
-    folder = results_folder(suite, folders)
-    drawn = f"bbmoe bench table {suite_words(suite, suite.name)} --from {shlex.quote(folder.as_posix())}"
-    made = run_command(suite, suite.name)
-    return [drawn, made] if any(verdict.ours) else [made]
+def draw_command(verdict: Verdict, folders: Path) -> str:
+    """Return the command that draws the tables with the numbers of a verdict from the records."""
+    suite, folder = verdict.suite, results_folder(verdict.suite, folders)
+    return f"bbmoe bench table {suite_words(suite, suite.name)} --from {shlex.quote(folder.as_posix())}"
+
+
+def make_command(verdict: Verdict) -> str:
+    """Return the command that trains the runs of a verdict."""
+    only = "".join(f" --only {shlex.quote(each)}" for each in filters(verdict.claim, verdict.suite))
+    words = suite_words(verdict.suite, verdict.suite.name)
+    return run_command(verdict.suite, verdict.suite.name).replace(words, words + only)
+
+
+def filters(claim: Claim, suite: Suite) -> list[str]:
+    """Return filters of `Suite.only` that leave the cells of a claim, and few others."""
+    cells = find_cells(claim, suite)
+    found = []
+    for key in {**claim.where, **claim.more, **(claim.than or {})}:
+        short = key.removesuffix(".name")
+        values = dict.fromkeys(
+            asked(cell.spec, key) if short in (*PARTS, "defenses") else label(key, value_of(cell.spec, key))
+            for cell in cells
+        )
+        found.append(f"{short}={','.join(values)}")
+    return found
 
 
 def _against(texts: Iterator[str]) -> str:
