@@ -16,8 +16,8 @@ from backdoorbench_moe.auditing.population import table
 from backdoorbench_moe.bench.pages.claims import claims_tables, judge_all, read_claims
 from backdoorbench_moe.bench.suites.paper import PaperTable
 from backdoorbench_moe.bench.suites.reading import load_suite
-from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Layout, Suite
-from backdoorbench_moe.bench.tables.layout import build_sheet
+from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Suite, value_of
+from backdoorbench_moe.bench.tables.layout import build_sheet, label
 from backdoorbench_moe.bench.tables.render import table_lines
 from backdoorbench_moe.bench.tables.results import ResultSet, read_manifest
 from backdoorbench_moe.bench.tables.statistic import Statistic
@@ -31,6 +31,8 @@ from backdoorbench_moe.records import RunFolder
 
 RESULTS = Path("benchmarks") / "results"
 CLAIMS = Path("benchmarks") / "claims.yaml"
+# ASR of a clean model, in percent, above which it is shown in the findings.
+FOLLOWED = 20.0
 
 
 def suite_of(root: Path, folder: Path) -> Suite:
@@ -126,20 +128,66 @@ def stamping(root: Path, scale: str) -> str:
     )
 
 
-def attacks(root: Path, scale: str) -> str:
-    """Draw the ASR of every attack of `standard-attacks` for both models, on the image and in every patch."""
-    folder = root / RESULTS / "standard-attacks" / scale
+def attacks(root: Path, scale: str, metric: str = "asr") -> str:
+    """Draw a metric of every attack of `standard-attacks` for both models, on the image and in every patch."""
+
+    def row(cell: Cell) -> str:
+        spec = cell.spec
+        assert spec.trigger is not None
+        how = ", clean labels" if spec.poison.labels == "clean" else ", 1%" if spec.poison.cover else ""
+        return f"{spec.trigger.name}{how}"
+
+    return crossed(root, f"standard-attacks/{scale}", "trigger", row, metric)
+
+
+def twins(root: Path) -> str:
+    """Draw the ASR of the clean twins of `standard-attacks`, without triggers that none of them follows."""
+    head, rule, *rows = attacks(root, "small", "twin_asr").splitlines(keepends=True)
+    folder = root / RESULTS / "standard-attacks" / "small"
+    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    followed = set()
+    for record in results.finished():
+        rate = results.value(record.run_spec, "twin_asr")
+        if rate is not None and rate > FOLLOWED and record.run_spec.trigger is not None:
+            followed.add(record.run_spec.trigger.name)
+    names = [row.split("|")[1].partition(",")[0].strip() for row in rows]
+    return "".join((head, rule, *compress(rows, (name in followed for name in names))))
+
+
+def after_defenses(root: Path, place: str, metric: str) -> str:
+    """Draw a metric after every defense, for each model, on the image and in every patch."""
+    return crossed(
+        root, place, "defenses", lambda cell: label("defenses", value_of(cell.spec, "defenses")), metric
+    )
+
+
+def crossed(root: Path, place: str, head: str, row: Callable[[Cell], str], metric: str) -> str:
+    """Draw a metric with one column for each model and applicator.
+
+    Args:
+        root: A copy of the repository.
+        place: The results folder, relative to the folder of all results.
+        head: What the rows are.
+        row: Returns the name of a cell's row.
+        metric: Key of the metric.
+    """
+    folder = root / RESULTS / place
     results = ResultSet.from_folder(suite_of(root, folder), folder)
     rows: dict[str, dict[str, str]] = {}
     for cell in results.suite.cells:
-        spec, model = cell.spec, cell.spec.model.name
-        assert spec.trigger is not None and spec.applicator is not None
-        how = ", clean labels" if spec.poison.labels == "clean" else ", 1%" if spec.poison.cover else ""
-        texts = rows.setdefault(f"{spec.trigger.name}{how}", {})
-        texts[f"{model}, {spec.applicator.name}"] = whole_text(results.statistic(cell, "asr"))
-    columns = [f"{model}, {place}" for model in ("pmoe", "wide_resnet") for place in ("image", "patch")]
-    head = [["trigger", *columns], ["---", *["--:"] * len(columns)]]
-    return markdown([*head, *([name, *(row.get(c, "") for c in columns)] for name, row in rows.items())])
+        assert cell.spec.applicator is not None
+        model = NAMES.get(cell.spec.model.name, cell.spec.model.name)
+        texts = rows.setdefault(NAMES.get(row(cell), row(cell)), {})
+        texts[f"{model}, {cell.spec.applicator.name}"] = whole_text(results.statistic(cell, metric))
+    columns = sorted(dict.fromkeys(column for texts in rows.values() for column in texts), key=_model_first)
+    lines = [[head, *columns], ["---", *["--:"] * len(columns)]]
+    return markdown([*lines, *([name, *(texts.get(c, "") for c in columns)] for name, texts in rows.items())])
+
+
+def _model_first(column: str) -> tuple[int, str]:
+    models = ("pmoe", "wide_resnet", "vmoe", "soft-moe")
+    model = column.rpartition(", ")[0]
+    return (models.index(model) if model in models else len(models)), column
 
 
 def small_recipe(root: Path) -> str:
@@ -187,11 +235,11 @@ def knowing(root: Path) -> str:
     return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
 
 
-def defended_signs(root: Path, model: str, applicator: str) -> str:
-    """Draw the ASR on signs after every defense of a model."""
+def defended_standard(root: Path, scale: str, model: str, applicator: str, metric: str = "asr") -> str:
+    """Draw a metric after every defense of `standard-defenses` for a model, on the image or in every patch."""
     where = {"model.name": model, "applicator.name": applicator}
-    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=where)
-    return whole_table(root, "standard-defenses/quick", layout)
+    layout = Layout("", ("defenses",), "trigger.name", (metric,), no_trigger=False, where=where)
+    return whole_table(root, f"standard-defenses/{scale}", layout)
 
 
 def defended_vmoe(root: Path) -> str:
@@ -332,6 +380,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "stamping": partial(stamping, scale="small"),
     "stamping-medium": partial(stamping, scale="medium"),
     "attacks": partial(attacks, scale="quick"),
+    "twins": twins,
     "attacks-small": partial(attacks, scale="small"),
     "small-recipe": small_recipe,
     "gtsrb": gtsrb,
@@ -339,10 +388,25 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "transformers": transformers,
     "fine-pruning": fine_pruning,
     "defended": defended,
-    "defended-pmoe-patch": partial(defended_signs, model="pmoe", applicator="patch"),
-    "defended-pmoe-image": partial(defended_signs, model="pmoe", applicator="image"),
-    "defended-dense-patch": partial(defended_signs, model="wide_resnet", applicator="patch"),
-    "defended-dense-image": partial(defended_signs, model="wide_resnet", applicator="image"),
+    "defenses-asr": partial(after_defenses, place="defenses/small", metric="asr"),
+    "defenses-ba": partial(after_defenses, place="defenses/small", metric="ba"),
+    "transformer-defenses-asr": partial(after_defenses, place="transformer-defenses/small", metric="asr"),
+    "transformer-defenses-ba": partial(after_defenses, place="transformer-defenses/small", metric="ba"),
+    "defended-pmoe-patch": partial(defended_standard, scale="quick", model="pmoe", applicator="patch"),
+    "defended-pmoe-image": partial(defended_standard, scale="quick", model="pmoe", applicator="image"),
+    "defended-dense-patch": partial(
+        defended_standard, scale="quick", model="wide_resnet", applicator="patch"
+    ),
+    "defended-dense-image": partial(
+        defended_standard, scale="quick", model="wide_resnet", applicator="image"
+    ),
+    "cifar10-pmoe-patch": partial(defended_standard, scale="small", model="pmoe", applicator="patch"),
+    "cifar10-pmoe-patch-ba": partial(
+        defended_standard, scale="small", model="pmoe", applicator="patch", metric="ba"
+    ),
+    "cifar10-pmoe-image": partial(defended_standard, scale="small", model="pmoe", applicator="image"),
+    "cifar10-dense-patch": partial(defended_standard, scale="small", model="wide_resnet", applicator="patch"),
+    "cifar10-dense-image": partial(defended_standard, scale="small", model="wide_resnet", applicator="image"),
     "defended-vmoe": defended_vmoe,
     "knowing": knowing,
     "tuned": tuned,

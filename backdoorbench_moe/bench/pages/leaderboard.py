@@ -23,7 +23,18 @@ from backdoorbench_moe.ops.intervals import Interval
 from backdoorbench_moe.records import Record
 
 # Metrics in the table of attacks and defenses.
-COLUMNS = ("asr", "target_rate", "ba", "ra", "asr_over_tuning", "ba_over_tuning", "auroc", "tpr", "fpr")
+COLUMNS = (
+    "asr",
+    "target_rate",
+    "twin_asr",
+    "ba",
+    "ra",
+    "asr_over_tuning",
+    "ba_over_tuning",
+    "auroc",
+    "tpr",
+    "fpr",
+)
 # Metrics of detectors that judge training images or classes instead of inputs.
 JUDGEMENTS = {
     "auroc": ("sample_auroc",),
