@@ -405,8 +405,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
         defended_standard, scale="small", model="pmoe", applicator="patch", metric="ba"
     ),
     "cifar10-pmoe-image": partial(defended_standard, scale="small", model="pmoe", applicator="image"),
-    "cifar10-dense-patch": partial(defended_standard, scale="small", model="wide_resnet", applicator="patch"),
-    "cifar10-dense-image": partial(defended_standard, scale="small", model="wide_resnet", applicator="image"),
     "defended-vmoe": defended_vmoe,
     "knowing": knowing,
     "tuned": tuned,
