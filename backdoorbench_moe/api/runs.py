@@ -103,6 +103,7 @@ def import_weights(
     weights: PathLike,
     model: Part,
     *,
+    weights_key: str | None = None,
     mean: str | Sequence[float] | None = None,
     std: str | Sequence[float] | None = None,
     resize: int | None = None,
@@ -119,6 +120,8 @@ def import_weights(
         weights: A safetensors file, or a state dict saved with `torch.save`. No code in it is executed.
         model: Name of the model, or a dict with its "name" and options. The names and shapes of its tensors must match
             the weights.
+        weights_key: Key of the state dict in a checkpoint, such as "state_dict_ema". None for a file that is a state
+            dict, or has one under a common key such as "state_dict" or "model".
         mean: Normalisation inside the model: the mean of each channel for pixels in [0, 1], or a name such as
             "imagenet", which also sets `std`.
         std: The standard deviation of each channel.
@@ -137,7 +140,7 @@ def import_weights(
     Raises:
         BbmoeError: Any error that the user can correct; nothing is written.
     """
-    given = {"mean": mean, "std": std, "resize": resize}
+    given = {"weights_key": weights_key, "mean": mean, "std": std, "resize": resize}
     part = {"name": model} if isinstance(model, str) else dict(model)
     part |= {"weights": str(path_of(weights, "weights"))}
     part |= {name: value for name, value in given.items() if value is not None}

@@ -20,7 +20,7 @@ def test_a_page_of_committed_records_and_of_a_suite_that_was_not_run(bbmoe, tmp_
     assert (code, out) == (0, "") and f"page: {file}" in err
     text = file.read_text(encoding="utf-8")
     assert "Suite defenses, version 2, scale small: 34 of 34 runs finished" in text
-    assert "Suite false-alarms, version 2, scale quick: 0 of 42 runs finished" in text and "missing" in text
+    assert "Suite false-alarms, version 3, scale quick: 0 of 44 runs finished" in text and "missing" in text
     address = ["--repeats", 2, "--published", "https://host"]
     shown = bbmoe(*words, "--from", results, *address)[1]
     assert shown.count("https://host/defenses/small/records.jsonl#L") >= 20
