@@ -11,7 +11,7 @@ from typing import Any, Literal
 from backdoorbench_moe.bench.pages.leaderboard import results_folder
 from backdoorbench_moe.bench.pages.page import run_command, suite_words
 from backdoorbench_moe.bench.suites.reading import check_metric, load_suite
-from backdoorbench_moe.bench.suites.suite import Cell, Suite, asked, value_of
+from backdoorbench_moe.bench.suites.suite import Cell, Suite, filter_text, value_of
 from backdoorbench_moe.bench.tables.layout import label
 from backdoorbench_moe.bench.tables.render import markdown_row
 from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, with_seeds
@@ -303,9 +303,8 @@ def draw_command(verdict: Verdict, folders: Path) -> str:
 
 def make_command(verdict: Verdict) -> str:
     """Return the command that trains the runs of a verdict."""
-    only = "".join(f" --only {shlex.quote(each)}" for each in filters(verdict.claim, verdict.suite))
-    words = suite_words(verdict.suite, verdict.suite.name)
-    return run_command(verdict.suite, verdict.suite.name).replace(words, words + only)
+    suite = verdict.suite
+    return run_command(suite, suite.name, filters(verdict.claim, suite))
 
 
 def filters(claim: Claim, suite: Suite) -> list[str]:
@@ -315,7 +314,9 @@ def filters(claim: Claim, suite: Suite) -> list[str]:
     for key in {**claim.where, **claim.more, **(claim.than or {})}:
         short = key.removesuffix(".name")
         values = dict.fromkeys(
-            asked(cell.spec, key) if short in (*PARTS, "defenses") else label(key, value_of(cell.spec, key))
+            filter_text(cell.spec, key)
+            if short in (*PARTS, "defenses")
+            else label(key, value_of(cell.spec, key))
             for cell in cells
         )
         found.append(f"{short}={','.join(values)}")

@@ -90,10 +90,11 @@ def commands(suite: Suite) -> list[str]:
     return [run_command(suite, suite.name), table]
 
 
-def run_command(suite: Suite, name: str) -> str:
-    """Return the command that runs a suite; see `suite_words`."""
+def run_command(suite: Suite, name: str, only: Sequence[str] = ()) -> str:
+    """Return the command that runs a suite, or the cells that match filters; see `suite_words` and `Suite.only`."""
     rooted = any("root" in data.registry.options(cell.spec.dataset.name) for cell in suite.cells)
-    return f"bbmoe bench run {suite_words(suite, name)}{' --data-root DIR' if rooted else ''}"
+    filters = "".join(f" --only {shlex.quote(each)}" for each in only)
+    return f"bbmoe bench run {suite_words(suite, name)}{filters}{' --data-root DIR' if rooted else ''}"
 
 
 def suite_words(suite: Suite, name: str) -> str:

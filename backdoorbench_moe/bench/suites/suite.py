@@ -189,12 +189,12 @@ class Suite:
                 raise ConfigError.expected("--only", "key=value[,value]", text)
             # Parts are matched by name only.
             key = f"{key}.name" if key in PARTS else key
-            there = {asked(cell.spec, key) for cell in self.cells}
-            wanted_texts = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
-            if unknown := sorted(wanted_texts - there):
+            there = {filter_text(cell.spec, key) for cell in self.cells}
+            asked = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
+            if unknown := sorted(asked - there):
                 hint = "; use a separate --only for another key" if "=" in unknown[0] else ""
                 raise UnknownNameError(f"--only {key}: value", unknown[0], there, hint)
-            cells = tuple(cell for cell in cells if asked(cell.spec, key) in wanted_texts)
+            cells = tuple(cell for cell in cells if filter_text(cell.spec, key) in asked)
         if not cells:
             raise ConfigError(f"--only: {' and '.join(filters)} leave no cell of {self.label}")
         return replace(self, cells=cells, **_shown_of(cells, tables=self.tables, plots=self.plots))
@@ -309,7 +309,7 @@ def _scaled(text: str) -> object:
         return text
 
 
-def asked(spec: RunSpec, key: str) -> str:
+def filter_text(spec: RunSpec, key: str) -> str:
     """Return a value of a spec as written in --only; defenses by name only, since their options contain commas."""
     if key == "defenses":
         return "+".join(part.name for part in spec.defenses) or "none"
