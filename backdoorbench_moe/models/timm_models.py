@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Mapping
 from itertools import pairwise
@@ -73,8 +74,7 @@ class TimmModel(nn.Module):
         check_positive(num_classes=num_classes)
         check_image_size(image_size, at_least=1)
         _check_architecture(architecture)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            outline = _build(architecture, image_size=None, num_classes=num_classes)
+        outline = _outline(architecture)
         options: dict[str, Any] = {"num_classes": num_classes}
         if _takes(outline, "img_size"):
             options["img_size"] = image_size
@@ -228,6 +228,17 @@ def _build(architecture: str, *, image_size: int | None, **options: Any) -> nn.M
         return timm.create_model(architecture, pretrained=False, **options)
     except Exception as error:
         raise _unfit(architecture, image_size, error) from error
+
+
+@functools.lru_cache(maxsize=16)
+def _outline(architecture: str) -> nn.Module:
+    """Build an architecture with its default options and without weights, to look at; it must not be changed.
+
+    It is kept, because timm takes half a second to initialise a transformer on the meta device, and the check of a
+    suite builds the same architecture for every run.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _build(architecture, image_size=None)
 
 
 def _unfit(architecture: str, image_size: int | None, error: Exception) -> ConfigError:
