@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blocks import BLOCKS, RESULTS, suite_of
+from blocks import BLOCKS
+from small_tables import RESULTS, suite_of
 
 from backdoorbench_moe.bench.pages.found import relative_link
 from backdoorbench_moe.bench.pages.leaderboard import open_board, results_folder
