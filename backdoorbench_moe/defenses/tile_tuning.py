@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.random_stamps import Tiles, stamp_at_random
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
-from backdoorbench_moe.defenses.stamps import (
-    ApplicatorName,
-    blend_pattern,
-    canvas_shape,
-    canvas_side,
-    check_patch_size,
-    displace_pixels,
-    stamp_all,
-)
-
-# Highest probability of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: with more,
-# too little of an image would be left to learn from.
-MOST_PIXELS, MOST_OPACITY = 0.5, 0.6
+from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_side, check_patch_size
 
 
 class TileTuning(Defense):
@@ -60,7 +48,7 @@ class TileTuning(Defense):
     def __init__(
         self,
         *,
-        tiles: Literal["mixed", "opaque", "blend", "warp"] = "mixed",
+        tiles: Tiles = "mixed",
         applicator: ApplicatorName = "patch",
         patch_size: int | None = None,
         epochs: int = 40,
@@ -81,62 +69,8 @@ class TileTuning(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune."""
-        names: list[str] = [*STAMPS] if self.tiles == "mixed" else [self.tiles]
         side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
-        stamp = partial(stamp_at_random, names, side)
+        stamp = partial(stamp_at_random, self.tiles, side)
         objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         return DefenseResult("tuned", task.model)
-
-
-def stamp_at_random(names: list[str], side: int | None, images: Tensor) -> Tensor:
-    """Stamp images with one random stamp of each kind, each on the same number of images.
-
-    Args:
-        names: The kinds, keys of `STAMPS`.
-        side: Side of the tiles; None if the stamps cover the full image.
-        images: (B, 3, H, W) in [0, 1].
-
-    Returns:
-        (B, 3, H, W) in [0, 1]. Stamps are drawn from torch's global generator.
-    """
-    return torch.cat(
-        [
-            STAMPS[name](part, side) if len(part) else part
-            for name, part in zip(names, images.tensor_split(len(names)), strict=True)
-        ]
-    )
-
-
-def _stamp_opaque(images: Tensor, side: int | None) -> Tensor:
-    height, width = canvas_shape(images, side)
-    share, kept = _uniform(images, 1, 1, 1), _uniform(images, 1, height, width)
-    return _blend(images, (kept < MOST_PIXELS * share).to(images.dtype), side)
-
-
-def _stamp_blend(images: Tensor, side: int | None) -> Tensor:
-    opacity = MOST_OPACITY * _uniform(images, 1, 1, 1)
-    return _blend(images, opacity.expand(1, *canvas_shape(images, side)), side)
-
-
-def _stamp_warp(images: Tensor, side: int | None) -> Tensor:
-    strength, offsets = _uniform(images, 1), _uniform(images, 1, 2, *canvas_shape(images, side))
-    return stamp_all(displace_pixels, images, strength * (2 * offsets - 1), side)[0]
-
-
-def _blend(images: Tensor, mask: Tensor, side: int | None) -> Tensor:
-    """Blend a pattern of uniform colours into images, by a mask (1, h, w)."""
-    pattern = _uniform(images, 3, *mask.shape[1:])
-    return stamp_all(blend_pattern, images, torch.cat([mask, pattern]).unsqueeze(0), side)[0]
-
-
-def _uniform(images: Tensor, *shape: int) -> Tensor:
-    """Draw uniform numbers in [0, 1) on the images' device."""
-    return torch.rand(*shape, device=images.device)
-
-
-STAMPS: Mapping[str, Callable[[Tensor, int | None], Tensor]] = {
-    "opaque": _stamp_opaque,
-    "blend": _stamp_blend,
-    "warp": _stamp_warp,
-}

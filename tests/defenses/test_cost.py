@@ -42,6 +42,7 @@ EXACT: list[tuple[str, dict[str, object]]] = [
     ("fst", {"epochs": 2}),
     ("ft-sam", {"epochs": 2}),
     ("tile-tuning", {"epochs": 2}),
+    ("tile-distillation", {"epochs": 2}),
     ("reroute", {}),
     ("strip", {"blends": 4, "fpr": 0.25}),
     ("routing-strip", {"blends": 4, "fpr": 0.25}),

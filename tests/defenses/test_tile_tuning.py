@@ -9,8 +9,8 @@ from planted_pattern import accuracy, planted
 from torch import nn
 
 from backdoorbench_moe.defenses import create_defense
+from backdoorbench_moe.defenses.random_stamps import STAMPS, stamp_at_random
 from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
-from backdoorbench_moe.defenses.tile_tuning import STAMPS, stamp_at_random
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.ops.images import as_input
@@ -58,7 +58,7 @@ def test_one_tile_for_all_tiles_of_all_images_and_another_in_the_next_batch(name
     """On images of equal tiles, the stamped tiles are equal, too."""
     torch.manual_seed(0)
     images = batch(1, 3, 4, 4).repeat(5, 1, 2, 3)
-    first, second = (stamp_at_random([name], 4, images) for _ in range(2))
+    first, second = (stamp_at_random(name, 4, images) for _ in range(2))
     for stamped in (first, second):
         tiles = tile(stamped, 4)
         torch.testing.assert_close(tiles, tiles[:1].expand_as(tiles))
@@ -70,7 +70,7 @@ def test_opaque_pixels_replace_and_a_blend_covers_the_tile() -> None:
     torch.manual_seed(0)
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     left = {
-        name: torch.stack([stamp_at_random([name], 4, images).diff(dim=0)[0, 0] for _ in range(200)])
+        name: torch.stack([stamp_at_random(name, 4, images).diff(dim=0)[0, 0] for _ in range(200)])
         for name in ("opaque", "blend")
     }
     assert set(left["opaque"].unique().tolist()) == {0.0, 1.0}
@@ -83,10 +83,10 @@ def test_opaque_pixels_replace_and_a_blend_covers_the_tile() -> None:
 def test_all_kinds_share_the_images(side) -> None:
     torch.manual_seed(0)
     images = batch(7, 3, 8, 8)
-    stamped = stamp_at_random([*STAMPS], side, images)
+    stamped = stamp_at_random("mixed", side, images)
     assert stamped.shape == images.shape and 0 <= stamped.min() <= stamped.max() <= 1
     assert ((stamped - images).flatten(1).abs().amax(1) > 0).all()
-    assert stamp_at_random([*STAMPS], side, images[:1]).shape == (1, 3, 8, 8)
+    assert stamp_at_random("mixed", side, images[:1]).shape == (1, 3, 8, 8)
 
 
 def test_a_planted_tile_is_unlearned_and_not_by_plain_tuning_or_other_tiles() -> None:

@@ -42,6 +42,7 @@ FAST: dict[str, dict[str, Any]] = {
     "rnp": {"epochs": 1},
     "neural-cleanse": {"epochs": 1, "unlearn_epochs": 1},
     "tile-tuning": {"epochs": 1},
+    "tile-distillation": {"epochs": 1},
     "scale-up": {"reserve": 8, "fpr": 0.1},
     "ibd-psc": {"models": 2, "reserve": 8, "fpr": 0.1},
     "routing-load": {"reserve": 8, "fpr": 0.1},

@@ -25,6 +25,7 @@ TAKEN = {
     "routing-load": {"pmoe"},
     "neural-cleanse": ALL,
     "tile-tuning": ALL,
+    "tile-distillation": ALL,
     "spectral": ALL,
     "activation-clustering": ALL,
     "scan": ALL,
