@@ -305,6 +305,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
         defended_standard, scale="small", model="pmoe", applicator="patch", metric="ba"
     ),
     "cifar10-pmoe-image": partial(defended_standard, scale="small", model="pmoe", applicator="image"),
+    "cifar10-dense-patch": partial(defended_standard, scale="small", model="wide_resnet", applicator="patch"),
     "defended-vmoe": defended_vmoe,
     "knowing": knowing,
     "tuned": tuned,
