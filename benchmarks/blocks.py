@@ -52,6 +52,16 @@ ALIGNED = {
     "align, scope=gates": "gates",
     "align, scope=gates+experts": "gates and experts",
 }
+# Tuning and distillation with tiles, and what they are compared with; labels of `standard-defenses`.
+TILES = (
+    "none",
+    "fine-tuning, epochs=40",
+    "fine-tuning, epochs=240",
+    "neural-cleanse, applicator=patch",
+    "tile-tuning",
+    "tile-distillation",
+    "tile-distillation, share=0.0",
+)
 BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
 
 
@@ -153,10 +163,11 @@ def defended_vmoe(root: Path) -> str:
     return whole_table(root, "standard-vmoe/quick", layout)
 
 
-def tuned(root: Path) -> str:
-    """Draw the ASR after short and long tuning, and after tuning on random tiles, on CIFAR-10."""
-    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where=PMOE_WITHOUT_NOISE)
-    return whole_table(root, "knowing-attacker/small", layout)
+def tiles(root: Path, metric: str) -> str:
+    """Draw a metric after tuning and distillation with random tiles, and after what they are compared with."""
+    where = {"model.name": "pmoe", "applicator.name": "patch"}
+    layout = Layout("", ("defenses",), "trigger.name", (metric,), no_trigger=False, where=where)
+    return whole_table(root, "standard-defenses/small", layout, TILES)
 
 
 def removal(root: Path) -> str:
@@ -308,7 +319,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cifar10-dense-patch": partial(defended_standard, scale="small", model="wide_resnet", applicator="patch"),
     "defended-vmoe": defended_vmoe,
     "knowing": knowing,
-    "tuned": tuned,
+    "tiles-asr": partial(tiles, metric="asr"),
+    "tiles-ba": partial(tiles, metric="ba"),
     "removal": removal,
     "poisoned-expert": poisoned_expert,
     "claims": claims,

@@ -116,6 +116,7 @@ def test_the_control_has_the_same_clean_images_and_no_other_option() -> None:
     [
         ({"name": "tile-tuning"}, {"name": "fine-tuning", "epochs": 40}),
         ({"name": "tile-tuning", "epochs": 7}, {"name": "fine-tuning", "epochs": 7}),
+        ({"name": "tile-distillation"}, {"name": "fine-tuning", "epochs": 240}),
         ({"name": "neural-cleanse", "epochs": 7}, {"name": "fine-tuning", "epochs": 20}),
         ({"name": "fst", "epochs": 5}, {"name": "fine-tuning"}),
         ({"name": "i-bau"}, {"name": "fine-tuning"}),
