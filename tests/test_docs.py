@@ -155,6 +155,7 @@ def plug_in_commands() -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("plug-in-page")
 def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) -> None:
     models = [model for model in MODELS if model in list_models() or model != "vmoe"]
     want = [[model, where, "finished"] for model in models for where in ("image", "patch")]
@@ -162,11 +163,13 @@ def test_the_written_trigger_attacks_each_model_on_the_image_and_by_patch(used) 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("plug-in-page")
 def test_the_written_defense_judges_a_tenth_of_60_training_images(used) -> None:
     assert used["judged"] == [["sample", 6]]
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("plug-in-page")
 def test_the_commands_of_the_plug_in_page_work(used) -> None:
     named = [name for name, *_ in used["commands"]]
     assert named.count("attack") == 3 and {"list", "info", "preview", "plugin"} <= set(named)
@@ -175,6 +178,7 @@ def test_the_commands_of_the_plug_in_page_work(used) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("plug-in-page")
 def test_the_written_test_passes_and_the_written_use_prints_the_fields(used) -> None:
     assert used["own tests"] == 0 and used["half"] == [1.0, 1.0, 0.0, 0.0]
     # Tiles of 8x8 in four fields along a side: of two pixels each.

@@ -32,24 +32,24 @@ def test_the_first_case_that_is_not_slow() -> None:
 
 
 @pytest.mark.slow
-def test_every_folder_of_tests_is_covered() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--collect-only",
-        "-qq",
-        "-m",
-        "quick",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    covered = {Path(line.partition(":")[0]).parent for line in done.stdout.splitlines() if ".py" in line}
+def test_every_folder_of_tests_is_covered(request) -> None:
     folders = {
         path.parent.relative_to(ROOT)
         for top in ("tests", "plugins", "backdoorbench_moe/testing")
         for path in (ROOT / top).rglob("test_*.py")
     }
-    assert covered == folders
+    # A run of all tests has collected them already, which takes half a minute; a run of this file has not.
+    collected = {item.path.parent.relative_to(ROOT) for item in request.session.items if is_quick(item)}
+    assert folders == (collected if collected >= folders else collect_quick())
+
+
+def is_quick(item: pytest.Item) -> bool:
+    return item.get_closest_marker("quick") is not None
+
+
+def collect_quick() -> set[Path]:
+    """The folders of the tests that `pytest -m quick` finds."""
+    words = ["--collect-only", "-qq", "-m", "quick", "-p", "no:cacheprovider"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {Path(line.partition(":")[0]).parent for line in done.stdout.splitlines() if ".py" in line}

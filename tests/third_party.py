@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from commands import forked
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,8 +26,9 @@ def python(*arguments: object, path: Sequence[Path], cwd: Path = ROOT) -> subpro
 
 
 def bbmoe(*arguments: object, path: Sequence[Path]) -> subprocess.CompletedProcess[str]:
-    """Run `bbmoe` with `path` on its module search path."""
-    return python("-m", "backdoorbench_moe", *arguments, path=path)
+    """Run `bbmoe` with `path` on its module search path, in a process that need not import torch again."""
+    with forked(*arguments, path=path) as process:
+        return subprocess.CompletedProcess(arguments, process.end(), process.out, process.err)
 
 
 def pip_install(source: Path, site: Path) -> Path:

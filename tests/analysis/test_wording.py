@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from report_runs import SPECS, analysis_of, document_of
 import backdoorbench_moe
 from backdoorbench_moe.analysis.figures import plate
 from backdoorbench_moe.analysis.figures.pixels import verdict
-from backdoorbench_moe.analysis.report import draw_sections
+from backdoorbench_moe.analysis.report import Section, draw_sections
 from backdoorbench_moe.analysis.report_tables import finding_lines
 from backdoorbench_moe.cli.tables.analysis import experts_table, layer_lines
 from backdoorbench_moe.wording.counting import count
+
+# Each report is drawn once for all of them: in the same process under xdist (--dist loadgroup).
+pytestmark = pytest.mark.xdist_group("wording")
 
 SOURCE = Path(backdoorbench_moe.__file__).parent
 # A value that is not there, in the middle of a sentence.
@@ -28,10 +32,33 @@ ONE_OF_MANY = re.compile(
 )
 
 
+@functools.cache
+def drawn(kind: str) -> tuple[list[Section], dict[str, list[str]]]:
+    """The sections of the report of an analysis, and the texts outside of its figures, by figure."""
+    cut: dict[str, list[str]] = {}
+    make_plate = plate.make_plate
+
+    def check(name, title, sentence, alt, make):
+        def make_and_look():
+            figure = make()
+            if texts := outside(figure):
+                cut[name] = texts
+            return figure
+
+        return make_plate(name, title, sentence, alt, make_and_look)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("backdoor", "maps", "pixels", "routing", "training"):
+            patch.setattr(f"backdoorbench_moe.analysis.figures.{module}.make_plate", check)
+        return draw_sections(document_of(kind)), cut
+
+
+@functools.cache
 def sentences(kind: str) -> list[str]:
     """Everything that the report and the terminal say of an analysis in words."""
     document, analysis = document_of(kind), analysis_of(kind)
-    said = [text for s in draw_sections(document) for p in s.plates for text in (p.title, p.sentence, p.alt)]
+    sections, _ = drawn(kind)
+    said = [text for s in sections for p in s.plates for text in (p.title, p.sentence, p.alt)]
     said += finding_lines(document)
     layers = range(len(analysis.findings.routing or ()))
     return said + [line for layer in layers for line in layer_lines(analysis, layer)]
@@ -109,23 +136,8 @@ def outside(figure) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SPECS)
-def test_no_label_is_cut_off_at_the_edge_of_a_figure(kind, monkeypatch) -> None:
-    cut: dict[str, list[str]] = {}
-    make_plate = plate.make_plate
-
-    def check(name, title, sentence, alt, make):
-        def make_and_look():
-            figure = make()
-            if texts := outside(figure):
-                cut[name] = texts
-            return figure
-
-        return make_plate(name, title, sentence, alt, make_and_look)
-
-    for module in ("backdoor", "maps", "pixels", "routing", "training"):
-        monkeypatch.setattr(f"backdoorbench_moe.analysis.figures.{module}.make_plate", check)
-    draw_sections(document_of(kind))
-    assert cut == {}
+def test_no_label_is_cut_off_at_the_edge_of_a_figure(kind) -> None:
+    assert drawn(kind)[1] == {}
 
 
 @pytest.mark.slow

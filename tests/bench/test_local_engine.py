@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import any_file, forked
 from making import SIGNS, numbers, run
 from suites import tiny_suite
 
@@ -30,6 +29,14 @@ from backdoorbench_moe.bench.suites.suite import order
 def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "_runners", {})
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, object]:
+    """The numbers of the suite, made in this process in one go."""
+    suite, output = parse_suite(SIGNS, "signs"), tmp_path_factory.mktemp("whole")
+    run(suite, output)
+    return numbers(suite, output)
 
 
 @pytest.mark.slow
@@ -58,12 +65,12 @@ def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes(tmp_path) -> None:
+@pytest.mark.xdist_group("whole-suite")
+def test_two_processes_make_what_one_makes(tmp_path, whole) -> None:
     suite = parse_suite(SIGNS, "signs")
-    report, _ = run(suite, tmp_path / "two", engine=LocalEngine(2))
+    report, _ = run(suite, tmp_path, engine=LocalEngine(2))
     assert report.is_complete
-    run(suite, tmp_path / "one")
-    assert numbers(suite, tmp_path / "two") == numbers(suite, tmp_path / "one")
+    assert numbers(suite, tmp_path) == whole
 
 
 @pytest.mark.slow
@@ -80,37 +87,26 @@ def test_a_killed_worker_fails_its_own_run_only(tmp_path) -> None:
     [failed] = report.failed
     assert "worker process died" in (failed.error or "")
     assert report.count("finished") == 2
-    report, _ = run(suite, tmp_path, engine=LocalEngine(1))
+    report, _ = run(suite, tmp_path)
     assert report.is_complete and report.found == 2
 
 
 @pytest.mark.slow
-def test_killed_as_a_whole_it_goes_on_to_the_same_table(tmp_path) -> None:
+@pytest.mark.xdist_group("whole-suite")
+def test_killed_as_a_whole_it_goes_on_to_the_same_table(tmp_path, whole) -> None:
     (tmp_path / "mine.yaml").write_text(json.dumps(SIGNS))
-    command = [
-        sys.executable,
-        "-m",
-        "backdoorbench_moe",
-        "bench",
-        "run",
-        str(tmp_path / "mine.yaml"),
-        "--workers",
-        "2",
-    ]
-    process = subprocess.Popen([*command, "--output", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "cut").glob("*/checkpoint/state.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    workers = children(process.pid)
-    process.kill()
-    process.wait()
+    words = ["bench", "run", tmp_path / "mine.yaml", "--workers", "2", "--output", tmp_path]
+    with forked(*words) as process:
+        process.wait_until(any_file(tmp_path, "*/checkpoint/state.safetensors"))
+        workers = children(process.pid)
+        process.send(signal.SIGKILL)
+        assert process.end() == -signal.SIGKILL and workers
     wait_until(lambda: not any(map(is_alive, workers)))
     suite = parse_suite(SIGNS, "mine")
-    assert any(planned.status != "finished" for planned in read_plan(list(order(suite)), tmp_path / "cut"))
-    again = subprocess.run([*command, "--output", str(tmp_path / "cut")], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    run(suite, tmp_path / "whole")
-    assert numbers(suite, tmp_path / "cut") == numbers(suite, tmp_path / "whole")
+    assert any(planned.status != "finished" for planned in read_plan(list(order(suite)), tmp_path))
+    report, _ = run(suite, tmp_path)
+    assert report.is_complete
+    assert numbers(suite, tmp_path) == whole
 
 
 def children(pid: int) -> list[int]:
@@ -160,7 +156,8 @@ def test_the_memory_of_a_run_is_measured_without_a_trace(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path) -> None:
+@pytest.mark.xdist_group("whole-suite")
+def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path, whole) -> None:
     """SIGTERM to one worker: no failure; the next run gets a new process, and the call after it goes on."""
     suite = parse_suite(SIGNS, "signs")
     ended: list[int] = []
@@ -179,10 +176,9 @@ def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path) -> None
     assert statuses == ["finished", "finished", "interrupted"] and ended
     interrupted = [one for one in read_plan(list(order(suite)), tmp_path) if one.status != "finished"]
     assert [one.status for one in interrupted] == ["interrupted"] and interrupted[0].epochs >= 1
-    report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1))
+    report, _ = run(suite, tmp_path)
     assert report.is_complete
-    run(suite, tmp_path / "whole")
-    assert numbers(suite, tmp_path) == numbers(suite, tmp_path / "whole")
+    assert numbers(suite, tmp_path) == whole
 
 
 @pytest.mark.slow

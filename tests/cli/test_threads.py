@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SIGNS, call
+from commands import SIGNS, forked
 
 from backdoorbench_moe.bench.running.engines import make_engine
 from backdoorbench_moe.cli.terminal import threads as module
@@ -123,18 +123,24 @@ def test_this_machine_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_the_number_is_used_and_recorded(tmp_path) -> None:
+def test_the_number_is_used_and_recorded(tmp_path, bbmoe) -> None:
     more = len(usable_cores()) + 1
     for threads in (1, more):
         words = ["attack", *SIGNS, "--epochs", "1", "--no-twin", "--threads", threads, "--json", "--quiet"]
-        done = call(*words, "--output", tmp_path / str(threads), stdout=subprocess.PIPE)
-        assert json.loads(done.stdout)["runs"][0]["environment"]["threads"] == threads, done.stderr
-        warned = f"bbmoe: warning: --threads {more} on ".encode()
-        assert done.stderr.startswith(warned) if threads == more else done.stderr == b""
+        warning, used = said_and_used(*words, "--output", tmp_path / str(threads))
+        assert used == threads
+        assert warning.startswith(f"bbmoe: warning: --threads {more} on ") if threads == more else not warning
     [run] = (tmp_path / "1").iterdir()
-    done = call("defend", run, "--defense", "fine-tuning", "--threads", 2, "--json", stdout=subprocess.PIPE)
-    assert json.loads(done.stdout)["runs"][0]["environment"]["threads"] == 2
-    assert call("attack", "--threads", 0).returncode == 2
+    assert said_and_used("defend", run, "--defense", "fine-tuning", "--threads", 2, "--json")[1] == 2
+    assert bbmoe("attack", "--threads", 0)[0] == 2
+
+
+def said_and_used(*words: object) -> tuple[str, int]:
+    """What a command says before its JSON document, and the threads that the document gives."""
+    with forked(*words) as process:
+        assert process.end() == 0, process.said()
+        said, brace, document = process.said().partition("{")
+    return said, json.loads(brace + document)["runs"][0]["environment"]["threads"]
 
 
 def test_an_engine_gives_its_runs_so_many() -> None:
@@ -162,7 +168,8 @@ def test_workers_have_their_threads(tmp_path) -> None:
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(suite))
     words = ["bench", "run", tmp_path / "mine.yaml", "--threads", 3, "--output", tmp_path / "runs", "--quiet"]
-    assert call(*words, stdout=subprocess.DEVNULL).returncode == 0
+    with forked(*words) as process:
+        assert process.end() == 0, process.said()
     found = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/record.json")]
     assert [record["environment"]["threads"] for record in found] == [3, 3]
     assert torch.get_num_threads() != 3

@@ -149,6 +149,7 @@ def parts(site: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deviations")
 @pytest.mark.parametrize(
     ("name", "test", "reason"),
     [
@@ -167,6 +168,7 @@ def test_a_declared_deviation_passes_and_is_shown(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deviations")
 def test_a_model_may_declare_deviations_and_fails_for_what_it_does_not_declare(
     parts: dict[str, dict[str, Any]],
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_model_may_declare_deviations_and_fails_for_what_it_does_not_declare(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deviations")
 def test_the_same_part_fails_without_the_declaration(parts: dict[str, dict[str, Any]]) -> None:
     part = parts["undeclared"]
     assert part["result"] == "fails" and part["deviations"] == []
@@ -183,6 +186,7 @@ def test_the_same_part_fails_without_the_declaration(parts: dict[str, dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deviations")
 def test_a_deviation_may_concern_some_cases_only(parts: dict[str, dict[str, Any]]) -> None:
     part = parts["half"]
     assert part["result"] == "passes", part["failures"]
@@ -194,6 +198,7 @@ def test_a_deviation_may_concern_some_cases_only(parts: dict[str, dict[str, Any]
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deviations")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -222,6 +227,7 @@ def test_a_deviation_that_is_none_is_a_failure_in_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("deviations")
 def test_parts_without_deviations_are_neither_blamed_nor_counted(parts: dict[str, dict[str, Any]]) -> None:
     """The applicator and a trigger are tested together; it is the trigger that deviates."""
     for name in ("negative", "whole"):
