@@ -60,7 +60,7 @@ TILES = (
     "neural-cleanse, applicator=patch",
     "tile-tuning",
     "tile-distillation",
-    "tile-distillation, share=0.0",
+    "tile-distillation, share=0",
 )
 BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
 
