@@ -45,7 +45,6 @@ def table1(root: Path) -> str:
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
 SQUARE = {"trigger.name": "square"}
-PMOE_WITHOUT_NOISE = {"model.name": "pmoe", "poison.noise": None}
 NOISE = {"none": "no noise images", "10%": "10% noise images"}
 ALIGNED = {
     "none": "nothing",
@@ -55,6 +54,7 @@ ALIGNED = {
 # Tuning and distillation with tiles, and what they are compared with; labels of `standard-defenses`.
 TILES = (
     "none",
+    "fine-tuning",
     "fine-tuning, epochs=40",
     "fine-tuning, epochs=240",
     "neural-cleanse, applicator=patch",

@@ -101,9 +101,8 @@ class Forked:
     def kill(self) -> None:
         """Kill what is left of the process and its group, which would go on beside the other tests."""
         if self._process.is_alive():
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # It does not lead its group yet, or has just ended.
+            # It may not lead its group yet, or may have just ended.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.kill()
         self._process.join()

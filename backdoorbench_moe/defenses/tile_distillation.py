@@ -28,8 +28,8 @@ class TileDistillation(Defense):
     The teacher is the model before the defense. It sees clean images, so the trigger does not affect its answers. The
     model sees the same images, some of which get a new random stamp in every batch, as in `tile-tuning`, and learns the
     teacher's answers: the probabilities of all classes. They say more about an image than its label, so a few images
-    are enough to keep most of the clean accuracy. No label is needed. What the teacher gets wrong without a trigger,
-    the model learns, too.
+    are enough to keep most of the clean accuracy. No label is needed. The model also learns the teacher's mistakes on
+    clean images.
 
     Each batch is varied: images are shifted by up to 4 pixels, half of them are flipped, and each is mixed with the
     next image of the batch, with a weight drawn from [0, 1). The recipe's augmentation is not applied in addition. The
@@ -44,9 +44,9 @@ class TileDistillation(Defense):
         applicator: "patch", or "image" for one stamp on the full image.
         patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
             of the model's patches, or 4 for a model without patches.
-        epochs: Epochs of distillation, from 1.
+        epochs: Epochs of distillation, from 1. The default is for a few hundred images; more images need fewer epochs.
         share: Share of each batch that is stamped, in [0, 1].
-        temperature: The logits are divided by it; above 0. The higher, the more do improbable classes count.
+        temperature: The logits are divided by it; above 0. At a higher temperature, improbable classes count more.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1]. Their labels are not used.
 
