@@ -44,7 +44,7 @@ class TileDistillation(Defense):
         applicator: "patch", or "image" for one stamp on the full image.
         patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
             of the model's patches, or 4 for a model without patches.
-        epochs: Epochs of distillation, from 1. The default is for a few hundred images; more images need fewer epochs.
+        epochs: Epochs of distillation, from 1. The default is for 500 images; with few steps, the backdoor stays.
         share: Share of each batch that is stamped, in [0, 1].
         temperature: The logits are divided by it; above 0. At a higher temperature, improbable classes count more.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
