@@ -213,7 +213,7 @@ def command(
     check_names(spec)
     use_threads(threads, usage, spec.device)
     if dry_run:
-        _print_plan(spec, repeats, output, twin=twin, as_json=as_json)
+        _print_plan(spec, repeats, output, usage, twin=twin, as_json=as_json)
         return
     from backdoorbench_moe.cli.tables.runs import print_json, print_runs
     from backdoorbench_moe.cli.terminal.progress import make_observer
@@ -226,7 +226,9 @@ def command(
         print_runs(runs)
 
 
-def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_json: bool) -> None:
+def _print_plan(
+    spec: RunSpec, repeats: int, output: Path, usage: CoreUsage, *, twin: bool, as_json: bool
+) -> None:
     from dataclasses import replace
 
     from backdoorbench_moe.bench.running.plan import read_plan
@@ -254,7 +256,7 @@ def _print_plan(spec: RunSpec, repeats: int, output: Path, *, twin: bool, as_jso
         # A run that was started does not need the file of its initial weights again.
         if not RunFolder(output / each.name).exists:
             maker.check_weights()
-    print_plan(list(estimate(runs)), as_json=as_json)
+    print_plan(list(estimate(runs)), usage, as_json=as_json)
 
 
 def _classes(text: str) -> list[str]:

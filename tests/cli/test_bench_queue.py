@@ -9,6 +9,8 @@ import yaml
 from fake_runs import PART, fill, part_suite
 from making import SIGNS
 
+from backdoorbench_moe.bench.running import estimate
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -30,6 +32,40 @@ def test_what_is_left_is_said_and_what_is_there_is_saved(bbmoe, place) -> None:
     assert line.split()[-1] == "results/part" and (place / "results" / "part" / "records.jsonl").exists()
     total, made, failed, left = map(int, line.split()[3:7])
     assert (made, failed) == (0, 0) and 0 < left < total
+
+
+def test_a_dry_run_says_what_each_entry_still_takes(bbmoe, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "SECONDS", 0.05)
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**SIGNS, "repeats": 2}))
+    parts = [{"suite": "toy.yaml", "only": ["poison.rate=10%"]}, {"suite": "toy.yaml"}]
+    (tmp_path / "queue.yaml").write_text(yaml.safe_dump({"queue": parts}))
+    code, out, _ = bbmoe("bench", "queue", "queue.yaml", "--results", "results", "--dry-run", width=120)
+    assert code == 0 and not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
+    entries = [line.split() for line in out.splitlines() if line.startswith("toy, ")]
+    # Two runs and their twins; the second entry has only two more runs, as it shares the others with the first.
+    assert [words[-4:-2] for words in entries] == [["4", "0"], ["2", "0"]]
+    assert "6 runs, 0 finished; about" in out and "measured just now" in out
+
+
+def test_results_of_an_older_version_are_found_before_anything_is_run(bbmoe, place) -> None:
+    words = (
+        "bench",
+        "queue",
+        "queue.yaml",
+        "--results",
+        "results",
+        "--threads",
+        "1",
+        "--budget",
+        "0.000001s",
+    )
+    assert bbmoe(*words)[0] == 3
+    suite = yaml.safe_load((place / "part.yaml").read_text())
+    (place / "part.yaml").write_text(yaml.safe_dump({**suite, "version": 4}))
+    for more in ([], ["--dry-run"]):
+        code, _, err = bbmoe(*words, *more, width=200)
+        assert code == 2 and "results/part: is of version 3 of suite part, which is now at version 4" in err
 
 
 BAD = {

@@ -15,6 +15,7 @@ import torch
 from commands import SIGNS, forked
 
 from backdoorbench_moe.bench.running.engines import make_engine
+from backdoorbench_moe.cli.tables.plan import total_line
 from backdoorbench_moe.cli.terminal import threads as module
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, warn_of_busy_cores
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
@@ -76,6 +77,16 @@ def test_a_warning_where_threads_would_wait(monkeypatch, tmp_path, threads, busy
         return
     with pytest.warns(BbmoeWarning, match=advice):
         warn_of_busy_cores(threads, usage)
+
+
+@pytest.mark.parametrize(
+    ("busy", "said"), [(0.2, "just now)"), (1.5, "just now while other programs used 1.5 of 2 cores)")]
+)
+def test_an_estimate_says_if_others_used_the_cores(monkeypatch, tmp_path, busy, said) -> None:
+    machine = Machine(monkeypatch, tmp_path, 2)
+    usage = CoreUsage.now()
+    machine.passes(4, busy=busy, own=0.5)
+    assert total_line([], usage).endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from backdoorbench_moe.bench.running.worker import Outcome
 from backdoorbench_moe.bench.save import save_results
 from backdoorbench_moe.bench.suites.reading import load_suite
 from backdoorbench_moe.bench.suites.suite import Suite, order
-from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, read_known, with_seeds
+from backdoorbench_moe.bench.tables.results import MANIFEST, ResultSet, check_manifest, read_known, with_seeds
 from backdoorbench_moe.config import load_yaml
 from backdoorbench_moe.errors import ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.options import convert
@@ -173,10 +173,12 @@ def work_off(
         The result for each entry, in order.
 
     Raises:
-        BbmoeError: A suite or a results folder is invalid.
+        BbmoeError: A suite or a results folder is invalid, or the folder of a suite is of another version. Nothing is
+            run in the second case.
     """
     end = None if budget is None else time.monotonic() + budget
     known = read_results(results)
+    check_folders(entries, results)
     for entry in entries:
         left = None if end is None else end - time.monotonic()
         suite = entry.placed(root, device)
@@ -196,6 +198,18 @@ def work_off(
                 )
             watcher.conclude(report)
         yield Progress(entry, report, save_new(entry, output, results, known))
+
+
+def check_folders(entries: Sequence[Entry], results: Path) -> None:
+    """Check that the results of each entry can be saved, before hours are spent on them.
+
+    Raises:
+        RecordError: The results folder of a suite is of another suite, scale or version.
+    """
+    for entry in entries:
+        folder = entry.folder(results)
+        if (folder / MANIFEST).exists():
+            check_manifest(entry.whole, folder)
 
 
 def save_new(entry: Entry, output: Path, results: Path, known: Mapping[str, Record]) -> Path | None:

@@ -86,7 +86,7 @@ def command(
     seconds = None if budget is None else parse_budget(budget)
     entries = read_queue(file)
     if dry_run:
-        _print_plan(entries, output, results, data_root, device)
+        _print_plan(entries, output, results, data_root, device, usage)
         return
     engine = make_engine(workers=workers, device=device, threads=threads)
     if isinstance(engine, LocalEngine) and not engine.gpus and threads is None:
@@ -125,18 +125,19 @@ def _conclude(done: list[Progress]) -> None:
 
 
 def _print_plan(
-    entries: list[Entry], output: Path, results: Path, root: str | None, device: str | None
+    entries: list[Entry], output: Path, results: Path, root: str | None, device: str | None, usage: CoreUsage
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from backdoorbench_moe.bench.running.plan import read_plan
-    from backdoorbench_moe.bench.running.queue import read_results
+    from backdoorbench_moe.bench.running.queue import check_folders, read_results
     from backdoorbench_moe.bench.running.run import check, estimate
     from backdoorbench_moe.bench.suites.suite import order
-    from backdoorbench_moe.cli.tables.plan import total_line
+    from backdoorbench_moe.cli.tables.plan import time_left, total_line
 
     known, plans, checked = read_results(results), {}, set[str]()
+    check_folders(entries, results)
     for entry in entries:
         suite = entry.placed(root, device)
         runs = read_plan(list(order(suite)), output, known)
@@ -147,9 +148,12 @@ def _print_plan(
     # A run that several entries share counts in the first. Each kind of run is timed once for all entries.
     union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}
     seconds = {run.spec.digest: left for run, left in estimate(list(union.values()))}
-    table, seen = Table("entry", "plan", box=None, pad_edge=False), set[str]()
+    table, seen = Table("entry", "runs", "finished", "time left", box=None, pad_edge=False), set[str]()
     for label, runs in plans.items():
-        own = [run for run in runs if run.spec.digest not in seen]
-        seen |= {run.spec.digest for run in own}
-        table.add_row(label, total_line([(run, seconds[run.spec.digest]) for run in own]))
-    Console(highlight=False).print(table)
+        own = [(run, seconds[run.spec.digest]) for run in runs if run.spec.digest not in seen]
+        seen |= {run.spec.digest for run, _ in own}
+        finished = sum(run.status == "finished" for run, _ in own)
+        table.add_row(label, str(len(own)), str(finished), time_left(own))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(total_line([(run, seconds[run.spec.digest]) for run in union.values()], usage))

@@ -104,7 +104,7 @@ def command(
     seconds = None if budget is None else parse_budget(budget)
     known = read_known(beside)
     if dry_run:
-        _print_plan(suite, output, known, quiet=quiet)
+        _print_plan(suite, output, known, usage, quiet=quiet)
         return
     from backdoorbench_moe.bench.running.engines.local import LocalEngine
     from backdoorbench_moe.cli.bench.display import make_display
@@ -136,7 +136,9 @@ def _make_engine(device: str | None, *, engine: str, **options: Any) -> Engine:
     return make_engine(engine, device=device, **options)
 
 
-def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quiet: bool) -> None:
+def _print_plan(
+    suite: Suite, output: Path, known: Mapping[str, Record], usage: CoreUsage, *, quiet: bool
+) -> None:
     from rich.console import Console
 
     from backdoorbench_moe.bench.running.plan import read_plan
@@ -154,7 +156,7 @@ def _print_plan(suite: Suite, output: Path, known: Mapping[str, Record], *, quie
     console.print(f"{suite.title}", markup=False)
     if suite.note:
         console.print(suite.note, markup=False)
-    console.print(total_line(planned))
+    console.print(total_line(planned, usage))
 
 
 def _print_tables(suite: Suite, output: Path, known: Mapping[str, Record]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.cli.tables.plan import plan_document, plan_table, total_line
 from backdoorbench_moe.cli.terminal.streams import echo, say
+from backdoorbench_moe.cli.terminal.threads import CoreUsage
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.running.defended import Defended, DefensePlan
@@ -21,6 +22,7 @@ def print_estimate(plan: DefensePlan, *, as_json: bool) -> None:
     """Print the defended runs, their estimated times, and the defenses that cannot be applied."""
     from rich.console import Console
 
+    usage = CoreUsage.now()
     planned = plan.estimate()
     if as_json:
         echo(json.dumps({**plan_document(planned), "not_applicable": dict(plan.refused)}, indent=2))
@@ -29,18 +31,19 @@ def print_estimate(plan: DefensePlan, *, as_json: bool) -> None:
     console.print(plan_table(planned))
     for line in _refused_lines(plan):
         console.print(line, markup=False)
-    console.print(total_line(planned))
+    console.print(total_line(planned, usage))
 
 
 def say_estimate(plan: DefensePlan) -> None:
     """Print the runs and their estimated times to standard error if any run is missing."""
     from rich.console import Console
 
+    usage = CoreUsage.now()
     planned = plan.estimate()
     if any(run.status != "finished" for run, _ in planned):
         console = Console(stderr=True, highlight=False)
         console.print(plan_table(planned))
-        console.print(total_line(planned))
+        console.print(total_line(planned, usage))
 
 
 def say_progress(made: Defended, number: int, total: int, error: str | None) -> None:

@@ -15,10 +15,13 @@ from backdoorbench_moe.wording.counting import count
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.running.plan import Planned
+    from backdoorbench_moe.cli.terminal.threads import CoreUsage
 
 # Runs, each with the seconds that it still takes; None if unknown.
 Estimates = Sequence[tuple["Planned", float | None]]
 UNKNOWN = "not known"
+# Cores used by other programs from which on an estimate says so.
+BUSY = 0.5
 
 
 def plan_table(planned: Estimates) -> Table:
@@ -26,20 +29,35 @@ def plan_table(planned: Estimates) -> Table:
     table = Table("run", "status", "epochs", "time left", box=None, pad_edge=False)
     for run, seconds in planned:
         epochs = f"{run.epochs:.0f}/{run.total_epochs}"
-        left = UNKNOWN if seconds is None else say_time(seconds) if seconds else "–"
-        table.add_row(run.spec.name, run.status, epochs, left)
+        table.add_row(run.spec.name, run.status, epochs, time_left([(run, seconds)]))
     return table
 
 
-def total_line(planned: Estimates) -> str:
-    """Return a line with the number of runs and the total time of the missing ones."""
+def time_left(planned: Estimates) -> str:
+    """Return the total time of runs, without those of unknown time; a dash if all are finished."""
+    known = [seconds for _, seconds in planned if seconds is not None]
+    if planned and not known:
+        return UNKNOWN
+    return say_time(sum(known)) if sum(known) else "–"
+
+
+def total_line(planned: Estimates, usage: CoreUsage) -> str:
+    """Return a line with the number of runs and the total time of the missing ones.
+
+    Args:
+        planned: The runs and their times.
+        usage: Usage of the cores before the times were measured. The line says if other programs used a core since,
+            because the runs then take less time without them.
+    """
     finished = sum(run.status == "finished" for run, _ in planned)
-    total = say_time(sum(seconds for _, seconds in planned if seconds is not None))
+    total = say_time(sum(seconds or 0.0 for _, seconds in planned))
     unknown = sum(seconds is None for _, seconds in planned)
     without = f", without {count(unknown, 'run')} of unknown time" if unknown else ""
+    others = usage.cores_of_others() or 0.0
+    beside = f" while other programs used {others:.1f} of {usage.cores:g} cores" if others >= BUSY else ""
     return (
         f"{count(len(planned), 'run')}, {finished} finished; about {total} left on this machine, one run at a time "
-        f"(measured just now{without})"
+        f"(measured just now{beside}{without})"
     )
 
 
@@ -58,11 +76,11 @@ def plan_document(planned: Estimates) -> dict[str, Any]:
     return {"runs": runs, "seconds_left": sum(seconds or 0.0 for _, seconds in planned)}
 
 
-def print_plan(planned: Estimates, *, as_json: bool = False) -> None:
-    """Print the runs and the total time, as a table or as JSON."""
+def print_plan(planned: Estimates, usage: CoreUsage, *, as_json: bool = False) -> None:
+    """Print the runs and the total time, as a table or as JSON; see `total_line`."""
     if as_json:
         echo(json.dumps(plan_document(planned), indent=2))
         return
     console = Console(highlight=False)
     console.print(plan_table(planned))
-    console.print(total_line(planned))
+    console.print(total_line(planned, usage))

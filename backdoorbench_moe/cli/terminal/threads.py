@@ -89,14 +89,18 @@ class CoreUsage:
         cores = len(numbers) if quota is None else min(len(numbers), quota)
         return cls(cores, time.monotonic(), _busy_seconds(numbers), time.process_time())
 
-    def free_cores(self) -> float | None:
-        """Compute how many cores other processes have left free since then; None if unknown."""
+    def cores_of_others(self) -> float | None:
+        """Compute how many cores other processes have used since then, on average; None if unknown."""
         now = CoreUsage.now()
         passed = now.time - self.time
         if self.busy is None or now.busy is None or passed < SHORTEST_SECONDS:
             return None
-        others = max(0.0, (now.busy - self.busy) - (now.own - self.own)) / passed
-        return min(self.cores, len(usable_cores()) - others)
+        return max(0.0, (now.busy - self.busy) - (now.own - self.own)) / passed
+
+    def free_cores(self) -> float | None:
+        """Compute how many cores other processes have left free since then; None if unknown."""
+        others = self.cores_of_others()
+        return None if others is None else min(self.cores, len(usable_cores()) - others)
 
 
 def _busy_seconds(numbers: set[int]) -> float | None:
