@@ -41,6 +41,8 @@ class TileDistillation(Defense):
 
     Args:
         tiles: The stamps; see `tile-tuning`.
+        saturated: Probability in [0, 1] that all values of a stamp's colours are 0 or 1, as in the strongest triggers.
+            Otherwise, they are uniform.
         applicator: "patch", or "image" for one stamp on the full image.
         patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
             of the model's patches, or 4 for a model without patches.
@@ -66,6 +68,7 @@ class TileDistillation(Defense):
         self,
         *,
         tiles: Tiles = "mixed",
+        saturated: float = 0.5,
         applicator: ApplicatorName = "patch",
         patch_size: int | None = None,
         epochs: int = 240,
@@ -77,9 +80,11 @@ class TileDistillation(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
         check_interval("share", share, "[0, 1]")
+        check_interval("saturated", saturated, "[0, 1]")
         check_positive(temperature=temperature)
         check_patch_size(applicator, patch_size)
-        self.tiles, self.applicator, self.patch_size = tiles, applicator, patch_size
+        self.tiles, self.saturated = tiles, saturated
+        self.applicator, self.patch_size = applicator, patch_size
         self.epochs, self.share, self.temperature, self.lr = epochs, share, temperature, lr
 
     def check_images(self, model: nn.Module, image_size: int) -> None:
@@ -110,7 +115,8 @@ class TileDistillation(Defense):
             count = round(self.share * len(images))
             if count:
                 # The order of the images is random, so the first ones are a random sample.
-                images = torch.cat([stamp_at_random(self.tiles, side, images[:count]), images[count:]])
+                stamped = stamp_at_random(self.tiles, side, images[:count], self.saturated)
+                images = torch.cat([stamped, images[count:]])
                 images = images.contiguous(memory_format=torch.channels_last)
             logits, routing = forward(model, images)
             return logits, softened_loss(logits, wanted, self.temperature) + auxiliary_loss(routing)

@@ -13,6 +13,7 @@ from backdoorbench_moe.defenses.random_stamps import Tiles, stamp_at_random
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
 from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_side, check_patch_size
+from backdoorbench_moe.ops.ranges import check_interval
 
 
 class TileTuning(Defense):
@@ -23,10 +24,10 @@ class TileTuning(Defense):
     `applicator="patch"`.
 
     Args:
-        tiles: The stamps; colours are uniform for each pixel. "opaque": single pixels, each with the same probability,
-            which is drawn from [0, 0.5). "blend": a pattern that covers the tile, with an opacity in [0, 0.6). "warp":
-            a displacement of each pixel by up to one pixel along each axis. "mixed": all three, on one third of the
-            stamped images each.
+        tiles: The stamps. "opaque": single pixels, each with the same probability, which is drawn from [0, 0.5).
+            "blend": a pattern that covers the tile, with an opacity in [0, 0.6). "warp": a displacement of each pixel
+            by up to one pixel along each axis. "mixed": all three, on one third of the stamped images each.
+        saturated: Probability in [0, 1] that all values of a stamp's colours are 0 or 1. Otherwise, they are uniform.
         applicator: "patch", or "image" for one stamp on the full image.
         patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
             of the model's patches, or 4 for a model without patches.
@@ -49,6 +50,7 @@ class TileTuning(Defense):
         self,
         *,
         tiles: Tiles = "mixed",
+        saturated: float = 0.0,
         applicator: ApplicatorName = "patch",
         patch_size: int | None = None,
         epochs: int = 40,
@@ -59,8 +61,10 @@ class TileTuning(Defense):
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
         check_share(share)
+        check_interval("saturated", saturated, "[0, 1]")
         check_patch_size(applicator, patch_size)
-        self.tiles, self.applicator, self.patch_size = tiles, applicator, patch_size
+        self.tiles, self.saturated = tiles, saturated
+        self.applicator, self.patch_size = applicator, patch_size
         self.epochs, self.share, self.lr = epochs, share, lr
 
     def check_images(self, model: nn.Module, image_size: int) -> None:
@@ -70,7 +74,7 @@ class TileTuning(Defense):
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Tune."""
         side = canvas_side(self.applicator, self.patch_size, task.model, task.image_size)
-        stamp = partial(stamp_at_random, self.tiles, side)
+        stamp = partial(stamp_at_random, self.tiles, side, saturated=self.saturated)
         objective = stamped_objective(stamp, self.share, task.train.label_smoothing)
         task.tune(task.model, task.clean, epochs=self.epochs, lr=self.lr, objective=objective, augment=True)
         return DefenseResult("tuned", task.model)

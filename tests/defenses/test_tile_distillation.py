@@ -130,7 +130,14 @@ def test_a_planted_tile_is_unlearned_with_wrong_labels_and_not_without_stamps() 
 
 def test_forms_and_applicators_give_different_models() -> None:
     found = []
-    for options in ({}, {"tiles": "opaque"}, {"applicator": "image"}, {"share": 0.0}, {"temperature": 1.0}):
+    for options in (
+        {},
+        {"tiles": "opaque"},
+        {"applicator": "image"},
+        {"share": 0.0},
+        {"temperature": 1.0},
+        {"saturated": 0.0},
+    ):
         model = used_model()
         create_defense("tile-distillation", epochs=1, **options)(make_task(model)[0])
         found.append(copies(model)["head.weight"])
@@ -142,6 +149,7 @@ def test_forms_and_applicators_give_different_models() -> None:
     [
         ({"epochs": 0}, "epochs: expected an integer of at least 1"),
         ({"share": 1.5}, r"share: expected a number in \[0, 1\]"),
+        ({"saturated": -0.5}, r"saturated: expected a number in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature: expected a positive number"),
         ({"lr": 0.0}, "lr: expected a positive number"),
         ({"patch_size": 0}, "patch_size: expected"),

@@ -79,6 +79,20 @@ def test_opaque_pixels_replace_and_a_blend_covers_the_tile() -> None:
     assert left["blend"].min() >= 0.4 - 1e-6 and 0.65 < left["blend"].mean() < 0.75
 
 
+def test_saturated_stamps_have_colours_of_0_and_1() -> None:
+    """On grey images, an opaque stamp shows its colours; the same for all pixels or not is decided for each stamp."""
+    torch.manual_seed(0)
+    images = torch.full((1, 3, 4, 4), 0.5)
+
+    def are_saturated(chance: float) -> list[bool]:
+        stamped = [stamp_at_random("opaque", 4, images, chance) for _ in range(100)]
+        shown = [each[each != 0.5] for each in stamped if (each != 0.5).any()]
+        return [bool(colours.frac().eq(0).all()) for colours in shown]
+
+    assert all(are_saturated(1.0)) and not any(are_saturated(0.0))
+    assert 0.3 < sum(found := are_saturated(0.5)) / len(found) < 0.7
+
+
 @pytest.mark.parametrize("side", [4, None])
 def test_all_kinds_share_the_images(side) -> None:
     torch.manual_seed(0)
@@ -122,7 +136,14 @@ def test_the_model_is_tuned_on_the_true_labels_as_the_options_say() -> None:
 
 def test_forms_and_applicators_give_different_models() -> None:
     found = []
-    for options in ({}, {"tiles": "opaque"}, {"tiles": "blend"}, {"applicator": "image"}, {"share": 0.1}):
+    for options in (
+        {},
+        {"tiles": "opaque"},
+        {"tiles": "blend"},
+        {"applicator": "image"},
+        {"share": 0.1},
+        {"saturated": 1.0},
+    ):
         model = used_model()
         create_defense("tile-tuning", epochs=1, **options)(make_task(model)[0])
         found.append(copies(model)["head.weight"])
@@ -134,6 +155,7 @@ def test_forms_and_applicators_give_different_models() -> None:
     [
         ({"epochs": 0}, "epochs: expected an integer of at least 1"),
         ({"share": 1.5}, r"share: expected a number in \(0, 1\]"),
+        ({"saturated": 1.5}, r"saturated: expected a number in \[0, 1\]"),
         ({"lr": 0.0}, "lr: expected a positive number"),
         ({"patch_size": 0}, "patch_size: expected"),
     ],
