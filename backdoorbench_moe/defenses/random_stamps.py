@@ -1,14 +1,15 @@
-"""Random stamps, drawn anew for every batch."""
+"""Random stamps, drawn anew for every batch, and made more effective by steps along the sign of the gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.defenses.stamps import blend_pattern, canvas_shape, displace_pixels, stamp_all
+from backdoorbench_moe.defenses.stamps import Stamp, blend_pattern, canvas_shape, displace_pixels, stamp_all
 
 # Highest probability of a pixel in an opaque stamp, and highest opacity of a stamp that covers the canvas: with more,
 # too little of an image would be left to learn from.
@@ -17,11 +18,37 @@ MOST_PIXELS, MOST_OPACITY = 0.5, 0.6
 Tiles = Literal["mixed", "opaque", "blend", "warp"]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A random stamp, and the images that get it.
+
+    Attributes:
+        images: (B, 3, H, W) in [0, 1].
+        side: Side of the tiles; None if the stamp covers the full image.
+        stamp: The function that applies the values.
+        values: (1, channels, h, w), the last channels of the stamp's values; displacements or colours.
+        mask: (1, 1, h, w) in [0, 1], the first channel of the values of a pattern; None for displacements.
+        lowest: Lowest possible value; the highest is 1.
+    """
+
+    images: Tensor
+    side: int | None
+    stamp: Stamp
+    values: Tensor
+    mask: Tensor | None
+    lowest: float
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Return the stamped images, (B, 3, H, W) in [0, 1]."""
+        channels = values if self.mask is None else torch.cat([self.mask, values], 1)
+        return stamp_all(self.stamp, self.images, channels, self.side)[0]
+
+
 def stamp_at_random(tiles: Tiles, side: int | None, images: Tensor, saturated: float = 0.0) -> Tensor:
     """Stamp images with one random stamp of each kind, each on the same number of images.
 
     Args:
-        tiles: The kind, a key of `STAMPS`, or "mixed" for all.
+        tiles: The kind, a key of `KINDS`, or "mixed" for all.
         side: Side of the tiles; None if the stamps cover the full image.
         images: (B, 3, H, W) in [0, 1].
         saturated: Probability in [0, 1] that all values of a stamp's colours are 0 or 1. Otherwise, they are uniform.
@@ -29,38 +56,66 @@ def stamp_at_random(tiles: Tiles, side: int | None, images: Tensor, saturated: f
     Returns:
         (B, 3, H, W) in [0, 1]. Stamps are drawn from torch's global generator.
     """
-    names = STAMPS if tiles == "mixed" else [tiles]
-    return torch.cat(
-        [
-            STAMPS[name](part, side, saturated) if len(part) else part
-            for name, part in zip(names, images.tensor_split(len(names)), strict=True)
-        ]
-    )
+    return apply_all(draw_stamps(tiles, side, images, saturated))
 
 
-def _stamp_opaque(images: Tensor, side: int | None, saturated: float) -> Tensor:
-    height, width = canvas_shape(images, side)
-    share, kept = _uniform(images, 1, 1, 1), _uniform(images, 1, height, width)
-    return _blend(images, (kept < MOST_PIXELS * share).to(images.dtype), side, saturated)
+def draw_stamps(tiles: Tiles, side: int | None, images: Tensor, saturated: float = 0.0) -> list[Drawn]:
+    """Draw the stamps of `stamp_at_random`, and keep them with their images."""
+    names = KINDS if tiles == "mixed" else [tiles]
+    parts = images.tensor_split(len(names))
+    return [KINDS[name](part, side, saturated) for name, part in zip(names, parts, strict=True) if len(part)]
 
 
-def _stamp_blend(images: Tensor, side: int | None, saturated: float) -> Tensor:
+def apply_all(stamps: list[Drawn]) -> Tensor:
+    """Return all stamped images, in the order in which the stamps were drawn: (B, 3, H, W) in [0, 1]."""
+    return torch.cat([each.apply(each.values) for each in stamps])
+
+
+def sharpen(stamps: list[Drawn], loss: Callable[[Tensor], Tensor]) -> list[Drawn]:
+    """Move the values of each stamp along the sign of the gradient, so that the loss of the stamped images rises.
+
+    Args:
+        stamps: The stamps. Masks are not changed.
+        loss: Function of all stamped images; a scalar.
+
+    Returns:
+        The stamps with moved values, within their range. The size of each stamp's step is drawn from [0, 1), with
+        torch's global generator.
+    """
+    leaves = [each.values.detach().requires_grad_() for each in stamps]
+    with torch.enable_grad():
+        stamped = torch.cat([each.apply(leaf) for each, leaf in zip(stamps, leaves, strict=True)])
+        gradients = torch.autograd.grad(loss(stamped), leaves)
+    moved = []
+    for each, gradient in zip(stamps, gradients, strict=True):
+        values = each.values + _uniform(each.images, 1) * gradient.sign()
+        moved.append(replace(each, values=values.clamp(each.lowest, 1)))
+    return moved
+
+
+def _draw_opaque(images: Tensor, side: int | None, saturated: float) -> Drawn:
+    shape = canvas_shape(images, side)
+    share, kept = _uniform(images, 1, 1, 1), _uniform(images, 1, *shape)
+    return _draw_pattern(images, (kept < MOST_PIXELS * share).to(images.dtype), side, saturated)
+
+
+def _draw_blend(images: Tensor, side: int | None, saturated: float) -> Drawn:
     opacity = MOST_OPACITY * _uniform(images, 1, 1, 1)
-    return _blend(images, opacity.expand(1, *canvas_shape(images, side)), side, saturated)
+    return _draw_pattern(images, opacity.expand(1, *canvas_shape(images, side)), side, saturated)
 
 
-def _stamp_warp(images: Tensor, side: int | None, saturated: float) -> Tensor:
-    """Displace pixels; there are no colours to saturate."""
+def _draw_warp(images: Tensor, side: int | None, saturated: float) -> Drawn:
+    """Draw displacements, which have no colours that could be saturated."""
     strength, offsets = _uniform(images, 1), _uniform(images, 1, 2, *canvas_shape(images, side))
-    return stamp_all(displace_pixels, images, strength * (2 * offsets - 1), side)[0]
+    return Drawn(images, side, displace_pixels, strength * (2 * offsets - 1), mask=None, lowest=-1.0)
 
 
-def _blend(images: Tensor, mask: Tensor, side: int | None, saturated: float) -> Tensor:
-    """Blend a pattern of random colours into images, by a mask (1, h, w)."""
+def _draw_pattern(images: Tensor, mask: Tensor, side: int | None, saturated: float) -> Drawn:
+    """Draw a pattern of random colours that is blended into images by a mask (1, h, w)."""
     pattern = _uniform(images, 3, *mask.shape[1:])
     if saturated:
         pattern = torch.where(_uniform(images, 1) < saturated, pattern.round(), pattern)
-    return stamp_all(blend_pattern, images, torch.cat([mask, pattern]).unsqueeze(0), side)[0]
+    return Drawn(images, side, blend_pattern, pattern.unsqueeze(0), mask=mask.unsqueeze(0), lowest=0.0)
 
 
 def _uniform(images: Tensor, *shape: int) -> Tensor:
@@ -68,8 +123,8 @@ def _uniform(images: Tensor, *shape: int) -> Tensor:
     return torch.rand(*shape, device=images.device)
 
 
-STAMPS: Mapping[str, Callable[[Tensor, int | None, float], Tensor]] = {
-    "opaque": _stamp_opaque,
-    "blend": _stamp_blend,
-    "warp": _stamp_warp,
+KINDS: Mapping[str, Callable[[Tensor, int | None, float], Drawn]] = {
+    "opaque": _draw_opaque,
+    "blend": _draw_blend,
+    "warp": _draw_warp,
 }

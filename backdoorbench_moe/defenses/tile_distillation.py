@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,12 +14,12 @@ from torch.nn import functional as F
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.random_stamps import Tiles, stamp_at_random
+from backdoorbench_moe.defenses.random_stamps import Tiles, apply_all, draw_stamps, sharpen
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_side, check_patch_size
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
 from backdoorbench_moe.ops.augmentation import crop, flip
-from backdoorbench_moe.ops.ranges import check_interval, check_positive
+from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
 from backdoorbench_moe.ops.tuning import Objective
 
 
@@ -30,6 +31,10 @@ class TileDistillation(Defense):
     teacher's answers: the probabilities of all classes. They say more about an image than its label, so a few images
     are enough to keep most of the clean accuracy. No label is needed. The model also learns the teacher's mistakes on
     clean images.
+
+    Stamped images cost clean accuracy, so few of them should do much. Therefore, the values of each random stamp are
+    moved along the sign of the gradient before it is used (`steps`), so that the model's answers differ more from the
+    teacher's, as a trigger makes them differ.
 
     Each batch is varied: images are shifted by up to 4 pixels, half of them are flipped, and each is mixed with the
     next image of the batch, with a weight drawn from [0, 1). The recipe's augmentation is not applied in addition. The
@@ -43,6 +48,9 @@ class TileDistillation(Defense):
         tiles: The stamps; see `tile-tuning`.
         saturated: Probability in [0, 1] that all values of a stamp's colours are 0 or 1, as in the strongest triggers.
             Otherwise, they are uniform.
+        steps: Number of times that each stamp is moved, from 0 (random stamps). Colours move by a number that is drawn
+            from [0, 1) for each stamp, and stay in [0, 1]; displacements move as far in pixels. Which pixels are
+            covered, and the opacity, stay as drawn.
         applicator: "patch", or "image" for one stamp on the full image.
         patch_size: With "patch", the side of the tile in pixels, a divisor of the image's height and width. None: that
             of the model's patches, or 4 for a model without patches.
@@ -58,7 +66,8 @@ class TileDistillation(Defense):
     Source:
         Ours. The loss is that of Hinton et al., "Distilling the knowledge in a neural network", 2015. Mixed images that
         the teacher sees as well, and many epochs, follow Beyer et al., "Knowledge distillation: a good teacher is
-        patient and consistent", CVPR 2022.
+        patient and consistent", CVPR 2022. A step along the sign of the gradient from a random start is that of Wong et
+        al., "Fast is better than free: revisiting adversarial training", ICLR 2020.
     """
 
     tuning_length: ClassVar[str | None] = "epochs"
@@ -69,10 +78,11 @@ class TileDistillation(Defense):
         *,
         tiles: Tiles = "mixed",
         saturated: float = 0.5,
+        steps: int = 1,
         applicator: ApplicatorName = "patch",
         patch_size: int | None = None,
         epochs: int = 240,
-        share: float = 0.5,
+        share: float = 0.25,
         temperature: float = 3.0,
         lr: float | None = None,
         clean_fraction: float = 0.05,
@@ -81,9 +91,10 @@ class TileDistillation(Defense):
         check_tuning(epochs, lr, at_least=1)
         check_interval("share", share, "[0, 1]")
         check_interval("saturated", saturated, "[0, 1]")
+        check_integer("steps", steps, at_least=0)
         check_positive(temperature=temperature)
         check_patch_size(applicator, patch_size)
-        self.tiles, self.saturated = tiles, saturated
+        self.tiles, self.saturated, self.steps = tiles, saturated, steps
         self.applicator, self.patch_size = applicator, patch_size
         self.epochs, self.share, self.temperature, self.lr = epochs, share, temperature, lr
 
@@ -92,8 +103,9 @@ class TileDistillation(Defense):
         canvas_side(self.applicator, self.patch_size, model, image_size)
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
-        """Each epoch trains with all images, and the teacher predicts them."""
-        return Cost(trained=self.epochs * held, predicted=self.epochs * held)
+        """Each epoch trains with all images, and the teacher predicts them. A step costs as much as training."""
+        shown = self.epochs * held
+        return Cost(trained=shown * (1 + self.steps * self.share), predicted=shown)
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Distil."""
@@ -115,13 +127,26 @@ class TileDistillation(Defense):
             count = round(self.share * len(images))
             if count:
                 # The order of the images is random, so the first ones are a random sample.
-                stamped = stamp_at_random(self.tiles, side, images[:count], self.saturated)
-                images = torch.cat([stamped, images[count:]])
+                disagree = partial(self._disagree, model, wanted[:count])
+                images = torch.cat([self._stamp(images[:count], side, disagree), images[count:]])
                 images = images.contiguous(memory_format=torch.channels_last)
             logits, routing = forward(model, images)
             return logits, softened_loss(logits, wanted, self.temperature) + auxiliary_loss(routing)
 
         return objective
+
+    def _stamp(self, images: Tensor, side: int | None, disagree: Callable[[Tensor], Tensor]) -> Tensor:
+        stamps = draw_stamps(self.tiles, side, images, self.saturated)
+        for _ in range(self.steps):
+            stamps = sharpen(stamps, disagree)
+        return apply_all(stamps)
+
+    def _disagree(self, model: nn.Module, wanted: Tensor, images: Tensor) -> Tensor:
+        """Return the loss in evaluation mode, so that these images are not part of the batch norms' statistics."""
+        model.eval()
+        logits, _ = forward(model, images)
+        model.train()
+        return softened_loss(logits, wanted, self.temperature)
 
 
 def vary(images: Tensor) -> Tensor:

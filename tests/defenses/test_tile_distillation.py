@@ -46,7 +46,7 @@ def objective_of(model: nn.Module, monkeypatch, **options) -> tuple[object, nn.M
 
 def test_the_teacher_sees_the_same_images_without_the_stamps(monkeypatch) -> None:
     model, images = Mean(), batch(10, 3, 8, 8)
-    objective, teacher = objective_of(model, monkeypatch, share=0.3, temperature=2.0)
+    objective, teacher = objective_of(model, monkeypatch, share=0.3, temperature=2.0, steps=0)
     torch.manual_seed(0)
     logits, loss = objective(model, images, torch.zeros(10, dtype=torch.int64))
     [seen], [taught] = model.seen, teacher.seen
@@ -57,6 +57,39 @@ def test_the_teacher_sees_the_same_images_without_the_stamps(monkeypatch) -> Non
     assert loss.item() == pytest.approx(softened_loss(seen.mean((2, 3)), taught.mean((2, 3)), 2.0).item())
     loss.backward()
     assert model.scale.grad is not None and teacher.scale.grad is None
+
+
+def test_a_step_makes_the_stamped_images_differ_more_from_the_teacher(monkeypatch) -> None:
+    images, labels = batch(12, 3, 8, 8), torch.zeros(12, dtype=torch.int64)
+    losses = []
+    for steps in (0, 1, 2):
+        model = Mean()
+        objective, _ = objective_of(
+            model, monkeypatch, tiles="blend", share=1.0, temperature=0.1, steps=steps
+        )
+        torch.manual_seed(0)
+        losses.append(objective(model, images, labels)[1].item())
+        assert len(model.seen) == steps + 1, "each step is one more pass"
+        assert model.training and model.scale.grad is None, "a step changes the stamps only"
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_steps_leave_the_statistics_of_norms(monkeypatch) -> None:
+    class Normed(Mean):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            return super().forward(self.norm(images))
+
+    counts = []
+    for steps in (0, 3):
+        model = Normed()
+        objective, _ = objective_of(model, monkeypatch, steps=steps)
+        objective(model, batch(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))
+        counts.append(model.norm.num_batches_tracked.item())
+    assert counts == [1, 1]
 
 
 def test_without_a_share_no_image_is_stamped(monkeypatch) -> None:
@@ -117,15 +150,16 @@ def test_images_are_shifted_flipped_and_mixed_with_the_next_one() -> None:
 
 
 def test_a_planted_tile_is_unlearned_with_wrong_labels_and_not_without_stamps() -> None:
-    lost = {}
-    for name, share in {"tiles": 0.5, "control": 0.0}.items():
+    lost, forms = {}, {"sharpened": {}, "random": {"steps": 0}, "none": {"share": 0.0}}
+    for name, options in forms.items():
         model, pattern, clean = planted("patch")
         images, labels = as_input(clean.images), clean.labels
         task, _ = make_task(model, clean=Split(clean.images, labels.flip(0)), batch_size=40)
-        create_defense("tile-distillation", epochs=60, lr=0.3, patch_size=4, share=share)(task)
+        create_defense("tile-distillation", epochs=60, lr=0.1, patch_size=4, **options)(task)
         assert accuracy(model, images, labels) == 1
         lost[name] = 2 - (model.head.weight[0] @ pattern.flatten()).item()
-    assert lost["tiles"] > 0.4 and abs(lost["control"]) < 0.01, "the weight was 2"
+    assert lost["sharpened"] > 0.6 and abs(lost["none"]) < 0.01, "the weight was 2"
+    assert lost["sharpened"] > 2 * lost["random"] > 0.2, "a step looks for what changes the answers"
 
 
 def test_forms_and_applicators_give_different_models() -> None:
@@ -150,6 +184,7 @@ def test_forms_and_applicators_give_different_models() -> None:
         ({"epochs": 0}, "epochs: expected an integer of at least 1"),
         ({"share": 1.5}, r"share: expected a number in \[0, 1\]"),
         ({"saturated": -0.5}, r"saturated: expected a number in \[0, 1\]"),
+        ({"steps": -1}, "steps: expected an integer of at least 0"),
         ({"temperature": 0.0}, "temperature: expected a positive number"),
         ({"lr": 0.0}, "lr: expected a positive number"),
         ({"patch_size": 0}, "patch_size: expected"),

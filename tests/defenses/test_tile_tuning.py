@@ -9,7 +9,7 @@ from planted_pattern import accuracy, planted
 from torch import nn
 
 from backdoorbench_moe.defenses import create_defense
-from backdoorbench_moe.defenses.random_stamps import STAMPS, stamp_at_random
+from backdoorbench_moe.defenses.random_stamps import KINDS, apply_all, draw_stamps, sharpen, stamp_at_random
 from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
@@ -53,7 +53,7 @@ def test_auxiliary_losses_of_routed_layers_are_added() -> None:
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, labels).item() + 0.75)
 
 
-@pytest.mark.parametrize("name", STAMPS)
+@pytest.mark.parametrize("name", KINDS)
 def test_one_tile_for_all_tiles_of_all_images_and_another_in_the_next_batch(name) -> None:
     """On images of equal tiles, the stamped tiles are equal, too."""
     torch.manual_seed(0)
@@ -91,6 +91,26 @@ def test_saturated_stamps_have_colours_of_0_and_1() -> None:
 
     assert all(are_saturated(1.0)) and not any(are_saturated(0.0))
     assert 0.3 < sum(found := are_saturated(0.5)) / len(found) < 0.7
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_sharpened_stamp_moves_along_the_sign_of_the_gradient(name) -> None:
+    """The loss is the brightness of the left half minus that of the right one, so colours move to 1 and to 0."""
+    images = torch.rand(3, 3, 8, 8)
+    sign = torch.cat([torch.ones(2), -torch.ones(2)]).repeat(2)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        [before] = draw_stamps(name, 4, images)
+        [after] = sharpen([before], lambda stamped: (stamped * sign).sum())
+        assert after.mask is before.mask
+        assert before.lowest <= after.values.min() <= after.values.max() <= 1
+        moved = after.values - before.values
+        if name == "blend":
+            step = moved.abs().max()
+            expected = (before.values + step * sign[:4]).clamp(0, 1)
+            torch.testing.assert_close(after.values, expected)
+        assert (moved != 0).any() or name == "opaque", "an opaque stamp may cover no pixel"
+        assert ((apply_all([after]) - apply_all([before])) * sign).sum() >= 0 or name == "warp"
 
 
 @pytest.mark.parametrize("side", [4, None])
