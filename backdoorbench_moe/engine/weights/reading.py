@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from backdoorbench_moe.engine.weights.instructions import LARGEST_HEADER
 from backdoorbench_moe.engine.weights.refusals import first_line, refusal, short
-from backdoorbench_moe.engine.weights.torch_files import LARGEST_HEADER, check_legacy, check_zip, load_torch
+from backdoorbench_moe.engine.weights.torch_files import check_legacy, check_zip, load_torch
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
