@@ -40,6 +40,8 @@ DROPPED = {
     ],
     "array type": np.dtype("float32"),
     "numpy's generator": np.random.RandomState(0).get_state(),
+    "torch's generator": torch.get_rng_state(),
+    "best tensor": torch.tensor(93.1),
     "bytes": [b"a\xff", b""],
     "counts": collections.defaultdict(int, a=1),
     "losses": collections.deque([0.3, 0.2], maxlen=10),
@@ -280,6 +282,18 @@ HOSTILE = {
         + b"K\x06tQ.",
         "is not a valid pickle: a reference to something else than a storage",
     ),
+    "a key that is a large tuple": (
+        b"\x80\x02}(" + text("a" * 1_000_000) + b"q\x01N(" + b"h\x01" * 1_000 + b"t}u.",
+        r"got a+\.\.\., a tuple$",
+    ),
+    "a large dict under many keys": (
+        b"\x80\x02}(K\x00"
+        + NAMES
+        + b"q\x01"
+        + b"".join(text(f"{n}") + b"h\x01" for n in range(1_000))
+        + b"u.",
+        "got 0, 0, 1, 2, 3, 4, 5, 6, 7, 8$",
+    ),
     "a module that is refused": (
         saved({"state_dict": GOOD, "x": np.random.default_rng(0)}),
         r"contains numpy\.random\._pickle\.__\w+, not only tensors",
@@ -319,3 +333,12 @@ def test_a_hostile_value_is_refused_in_one_line(case, tmp_path) -> None:
 def test_pythons_own_random_state_is_dropped(tmp_path) -> None:
     (tmp_path / "w.pth").write_bytes(saved({"state_dict": GOOD, "random": random.getstate()}))
     assert read_weights(tmp_path / "w.pth").tensors.keys() == GOOD.keys()
+
+
+@pytest.mark.parametrize("write", [saved, legacy])
+def test_a_tensor_beside_the_state_dict_does_not_hide_it(write, tmp_path) -> None:
+    """PyTorch's example for ImageNet saves the best accuracy as a tensor."""
+    (tmp_path / "w.pth").write_bytes(write({"epoch": 3, "state_dict": GOOD, "best_acc1": torch.tensor(76.1)}))
+    found = read_weights(tmp_path / "w.pth")
+    assert found.tensors.keys() == GOOD.keys()
+    assert found.notes == ("the state dict is under the key 'state_dict'; not read: epoch, best_acc1",)
