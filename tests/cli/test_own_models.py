@@ -59,7 +59,8 @@ def test_import_then_analyze_then_defend(bbmoe, imported) -> None:
 def test_the_state_dict_under_a_key_is_imported(bbmoe, file, imported, tmp_path) -> None:
     weights = load_file(file)
     other = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    torch.save({"model": other, "model_ema": weights, "epoch": 7}, tmp_path / "checkpoint.pth")
+    beside = {"epoch": np.int64(7), "best_acc": np.float64(93.1)}
+    torch.save({"model": other, "model_ema": weights, **beside}, tmp_path / "checkpoint.pth")
     words = ["--model", "pmoe", *SETS, *DATA, "--mean", "half", "--weights-key", "model_ema", "--json"]
     code, out, err = bbmoe("import", tmp_path / "checkpoint.pth", *words, "--output", tmp_path / "runs")
     assert code == 0, err
@@ -125,6 +126,14 @@ def test_data_with_fewer_classes_than_the_weights_are_refused(bbmoe, tmp_path) -
     code, out, err = bbmoe("import", *words)
     assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "runs").exists()
     assert "the weights are for 5 classes, and the data have 3" in err
+
+
+def test_an_array_of_objects_beside_the_weights_is_refused_in_one_line(bbmoe, file, tmp_path) -> None:
+    torch.save({"model": load_file(file), "classes": np.array([{}], object)}, tmp_path / "w.pt")
+    words = [tmp_path / "w.pt", "--model", "pmoe", *SETS, *DATA, "--output", tmp_path / "runs", "--quiet"]
+    code, out, err = bbmoe("import", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "runs").exists()
+    assert "expected a numpy type of numbers or texts, got 'O8'" in err
 
 
 def test_a_missing_file_is_said_before_the_data_are_read(bbmoe, tmp_path) -> None:

@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from backdoorbench_moe.engine.weights.instructions import LARGEST_HEADER
 from backdoorbench_moe.engine.weights.refusals import first_line, refusal, short
-from backdoorbench_moe.engine.weights.torch_files import LARGEST_HEADER, check_legacy, check_zip, load_torch
+from backdoorbench_moe.engine.weights.stand_ins import Unread
+from backdoorbench_moe.engine.weights.torch_files import check_legacy, check_zip, load_torch
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
@@ -158,15 +160,18 @@ def _unwrap(file: Path, content: object, key: str | None) -> tuple[dict[str, Any
     if not isinstance(content, dict):
         raise refusal(file, f"expected a dict of tensors, got {type(content).__name__}")
     found = _plain(content)
-    if key is None and _has_tensors(found):
+    # Not copied here, since a small file can have the same large dict under many keys.
+    states = {_text(name): value for name, value in found.items() if isinstance(value, dict)}
+    # A checkpoint may have tensors beside its state dict, such as the best accuracy.
+    inside = any(_has_tensors(states.get(wrapper, {})) for wrapper in WRAPPERS)
+    if key is None and _has_tensors(found) and not inside:
         return found, ()
-    states = {str(name): _plain(value) for name, value in found.items() if isinstance(value, dict)}
     if key is None:
         key = _only_key(file, found, states)
     elif not _has_tensors(states.get(key, {})):
         known = [name for name, state in states.items() if _has_tensors(state)]
         raise refusal(file, f"expected a state dict under the key {short(key)!r}; {_offered(key, known)}")
-    return states[key], (f"the state dict is under the key {short(key)!r}{_not_read(found, key)}",)
+    return _plain(states[key]), (f"the state dict is under the key {short(key)!r}{_not_read(found, key)}",)
 
 
 def _plain(content: dict[Any, Any]) -> dict[Any, Any]:
@@ -174,11 +179,16 @@ def _plain(content: dict[Any, Any]) -> dict[Any, Any]:
     return {name: dict.__getitem__(content, name) for name in dict.__iter__(content)}
 
 
-def _has_tensors(state: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in state.values())
+def _text(key: object) -> str:
+    """Return a key of a dict as text. The text of a tuple could be larger than any memory."""
+    return str(key) if isinstance(key, str | int | float | Unread) else f"a {type(key).__name__}"
 
 
-def _only_key(file: Path, content: Mapping[Any, Any], states: Mapping[str, Mapping[Any, Any]]) -> str:
+def _has_tensors(state: dict[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in dict.values(state))
+
+
+def _only_key(file: Path, content: Mapping[Any, Any], states: Mapping[str, dict[Any, Any]]) -> str:
     """Return the only key in `WRAPPERS` with a state dict."""
     known = [key for key in WRAPPERS if key in states]
     known = [key for key in known if _has_tensors(states[key])] or known
@@ -187,7 +197,7 @@ def _only_key(file: Path, content: Mapping[Any, Any], states: Mapping[str, Mappi
     if known:
         advice = f"choose one of {', '.join(known)} with model.weights_key (--weights-key)"
         raise refusal(file, f"expected one state dict, got several; {advice}")
-    found = ", ".join(short(str(key)) for key in list(content)[:LISTED_KEYS]) or "nothing"
+    found = ", ".join(short(_text(key)) for key in list(content)[:LISTED_KEYS]) or "nothing"
     raise refusal(
         file, f"expected a state dict, or one under one of the keys {', '.join(WRAPPERS)}; got {found}"
     )
@@ -204,7 +214,7 @@ def _offered(key: str, known: list[str]) -> str:
 
 def _not_read(content: Mapping[Any, Any], key: str) -> str:
     """The other keys of a checkpoint, such as averaged weights (EMA), which are another model; "" if there are none."""
-    others = [short(str(other)) for other in content if other != key]
+    others = [short(_text(other)) for other in content if other != key]
     more = f" and {len(others) - LISTED_KEYS} more" if len(others) > LISTED_KEYS else ""
     return f"; not read: {', '.join(others[:LISTED_KEYS])}{more}" if others else ""
 
@@ -216,7 +226,7 @@ def _checked(weights: Weights, size: int) -> Weights:
         raise refusal(file, "contains no tensors")
     for name, tensor in weights.tensors.items():
         if not isinstance(name, str):
-            raise refusal(file, f"expected names of tensors, got {short(repr(name))}")
+            raise refusal(file, f"expected names of tensors, got {short(_text(name))}")
         if not isinstance(tensor, Tensor):
             raise refusal(file, f"{short(name)}: expected a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
