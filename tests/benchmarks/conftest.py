@@ -6,9 +6,11 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commands import FORKS
 from speed_scripts import SPEED, check
 
 
@@ -17,6 +19,16 @@ def scripts(monkeypatch) -> Callable[[str], Any]:
     """The module of a script, which its processes can import."""
     monkeypatch.syspath_prepend(str(SPEED))
     return importlib.import_module
+
+
+@pytest.fixture
+def forks(monkeypatch) -> Callable[[Any], None]:
+    """Fork the processes that a script spawns from one that has imported torch, so that each need not import it."""
+
+    def patch(script: Any) -> None:
+        monkeypatch.setattr(script, "multiprocessing", SimpleNamespace(get_context=lambda _: FORKS))
+
+    return patch
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from backdoorbench_moe.engine.training import step
 @pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
     options = ("--model", "small", "--batches", "1", "--batch-size", "16", "--rounds", "2", "--threads", "1")
-    result = measure(tmp_path, "training.py", *options, "--precision", "avx2")
+    result = measure(tmp_path, "training.py", *options, "--precision", "avx2", "--products", "1")
     assert result["models"].keys() == {"small"}
     small = result["models"]["small"]
     assert small["options"] == {"widen_factor": 2, "moe_channels": 128, "expert_channels": 32}
@@ -60,9 +60,11 @@ def test_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_beside_a_loader(tmp_path: Path) -> None:
+def test_training_beside_a_loader(scripts, forks, measure_here) -> None:
+    script = scripts("training")
+    forks(script)
     options = ("--model", "preact_resnet18", "--batches", "1", "--batch-size", "8", "--rounds", "1")
-    result = measure(tmp_path, "training.py", *options, "--threads", "1", "--precision", "fp32")
+    result = measure_here(script, *options, "--threads", "1", "--precision", "fp32", "--products", "1")
     assert result["batch_size"] == 8
     found = result["models"]["preact_resnet18"]
     assert found["images_per_second"].keys() == {"toolbox", "loader", "convolutions"}
@@ -86,7 +88,7 @@ def test_the_compiled_loop_is_timed_beside_the_toolboxs_and_trains_alike(monkeyp
 @pytest.mark.slow
 def test_versions(tmp_path: Path, scripts, measure_here) -> None:
     old = SPEED.parents[1]  # Stands for another checkout.
-    options = ("--model", "small", "--batches", "1", "--rounds", "1", "--threads", "1")
+    options = ("--model", "small", "--batches", "1", "--rounds", "1", "--threads", "1", "--products", "1")
     result = measure_here(scripts("versions"), str(old), *options)
     model = result["models"]["small"]
     assert model["images_per_second"].keys() == model["matrix_share"].keys() == {"old", "new"}
@@ -145,9 +147,11 @@ def test_threads(scripts, measure_here, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_gpu_script_on_a_cpu(scripts, measure_here) -> None:
+def test_gpu_script_on_a_cpu(scripts, forks, measure_here) -> None:
+    gpu = scripts("gpu")
+    forks(gpu)
     options = ("--model-size", "small", "--images", "160", "--epochs", "2", "--device", "cpu")
-    result = measure_here(scripts("gpu"), *options, "--side-by-side", "1", "2", "--peak", "2")
+    result = measure_here(gpu, *options, "--side-by-side", "1", "2", "--peak", "2")
     assert [row["side_by_side"] for row in result["rows"]] == [1, 2]
     # 35.6 million multiply-adds, forward and twice backward, two operations each.
     assert result["flops"] == 6 * 35_603_712 * 160 * 2
@@ -157,10 +161,12 @@ def test_gpu_script_on_a_cpu(scripts, measure_here) -> None:
 
 
 @pytest.mark.slow
-def test_gpu_script_ends_if_a_training_fails(scripts) -> None:
+def test_gpu_script_ends_if_a_training_fails(scripts, forks) -> None:
+    gpu = scripts("gpu")
+    forks(gpu)
     given = argparse.Namespace(model_size="nothing", images=8, epochs=1, device="cpu", compile=False)
     with pytest.raises(SystemExit, match="2 side by side: a training failed"):
-        scripts("gpu").train_side_by_side(2, given)
+        gpu.train_side_by_side(2, given)
 
 
 def test_the_goal_of_the_gpu_script_is_met_or_missed_in_plain_words(scripts) -> None:

@@ -23,8 +23,8 @@ def test_every_script_is_a_program() -> None:
 
 
 @pytest.mark.slow
-def test_startup(tmp_path: Path) -> None:
-    result = measure(tmp_path, "startup.py", "--repeats", "1")
+def test_startup(scripts, measure_here) -> None:
+    result = measure_here(scripts("startup"), "--repeats", "1")
     goals = {command: row["goal_seconds"] for command, row in result["commands"].items()}
     assert goals == {
         "python -c pass": None,
@@ -64,8 +64,8 @@ def test_memory_without_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_poisoning(tmp_path: Path) -> None:
-    result = measure(tmp_path, "poisoning.py", "--images", "20", "--threads", "1")
+def test_poisoning(scripts, measure_here) -> None:
+    result = measure_here(scripts("poisoning"), "--images", "20", "--threads", "1")
     assert result["images"] == 20
     triggers = ("blend", "square", "warp", "warp (truncate)")
     pairs = {f"{trigger}, {place}" for trigger in triggers for place in ("image", "patch")}
@@ -108,16 +108,17 @@ def test_analysis(tmp_path: Path, scripts, measure_here) -> None:
 
 
 @pytest.mark.slow
-def test_larger_images(tmp_path: Path) -> None:
-    [row] = measure(tmp_path, "larger_images.py", "--sides", "32")["rows"]
+def test_larger_images(scripts, measure_here) -> None:
+    [row] = measure_here(scripts("larger_images"), "--sides", "32")["rows"]
     assert (row["side"], row["patch"]) == (32, 4)
     assert all(row[name] > 0 for name in ("square", "blend", "warp", "train", "multiply_adds"))
     assert 0 < row["idle_bytes"] <= row["stamp_bytes"] <= row["train_bytes"]
 
 
 @pytest.mark.slow
-def test_allocator(tmp_path: Path) -> None:
-    rows = measure(tmp_path, "allocator.py", "--work", "train 32x32", "--rounds", "1", "--steps", "2")["rows"]
+def test_allocator(scripts, measure_here) -> None:
+    options = ("--work", "train 32x32", "--rounds", "1", "--steps", "2")
+    rows = measure_here(scripts("allocator"), *options)["rows"]
     assert [row["work"] for row in rows] == ["train 32x32"]
     for row in rows:
         assert row["ratios"] == [row["ratio"]]
@@ -125,7 +126,7 @@ def test_allocator(tmp_path: Path) -> None:
         assert 0 <= row["kept"]["system_seconds"] <= row["kept"]["cpu_seconds"]
 
 
-def test_overhead(tmp_path: Path) -> None:
+def test_overhead(tmp_path: Path, scripts, measure_here) -> None:
     def record(train: float, total: float, **spec: object) -> str:
         return json.dumps({"spec": spec, "timing": {"train_seconds": train, "total_seconds": total}})
 
@@ -134,7 +135,7 @@ def test_overhead(tmp_path: Path) -> None:
     # The defended run and the one that was continued, whose last part is shorter than its training, do not count.
     lines = [record(10, 11), record(30, 33), record(1, 50, defenses=[{"name": "strip"}]), record(9, 4)]
     (folder / "records.jsonl").write_text("\n".join([*lines, json.dumps({"spec": {}, "timing": {}})]))
-    result = measure(tmp_path, "overhead.py", str(folder))
+    result = measure_here(scripts("overhead"), str(folder))
     assert result["suites"] == {"suite/quick": {"runs": 2, "training": 40, "total": 44, "ratio": 1.1}}
     refused = call("overhead.py", str(tmp_path))
     assert refused.returncode == 2 and "expected a folder with records.jsonl" in refused.stderr
