@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 # One thread per process, set before torch loads: xdist runs as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait sleep, where a test asks for more: on a busy machine, spinning costs more than the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The cache of decoded images is deleted after the tests.
 if "BBMOE_CACHE" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="bbmoe-cache-")

@@ -36,12 +36,12 @@ def main() -> None:
 
 def measure(data_root: str, train_images: int | None) -> dict[str, Any]:
     """Run the command once. Exits if it fails."""
-    imports = run_child([sys.executable, "-c", "import backdoorbench_moe.engine.runner"], quiet=True)
     with tempfile.TemporaryDirectory() as output:
         child = run_child(attack_command(data_root, train_images, output), quiet=False)
         if child.returncode != 0:
             sys.exit(f"bbmoe attack ended with exit code {child.returncode}")
         records = [json.loads(path.read_text()) for path in sorted(Path(output).glob("*/record.json"))]
+    imports = run_child([sys.executable, "-c", "import backdoorbench_moe.engine.runner"], quiet=True)
     victim = next(record for record in records if record["poison"])
     return {
         "benchmark": "memory",

@@ -66,6 +66,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32", "avx2"], default="auto")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
     parser.add_argument(
+        "--products",
+        type=at_least_one,
+        default=PRODUCTS,
+        help=f"matrix products per round [{PRODUCTS}]",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="also time the toolbox's loop with torch.compile"
     )
     parser.add_argument("--profile", action="store_true", help="also profile the toolbox's loop")
@@ -85,6 +91,7 @@ def main() -> None:
             arguments.rounds,
             device,
             precision,
+            products=arguments.products,
             compile=arguments.compile,
         )
         for name in names
@@ -113,6 +120,7 @@ def measure(
     device: torch.device,
     precision: str,
     *,
+    products: int,
     compile: bool = False,
 ) -> dict[str, Any]:
     """Time the loops and the matrix products in turn, on one model."""
@@ -121,11 +129,11 @@ def measure(
     flops = 2 * 3 * profile.multiply_adds
     loops = loops_of(name, compile)
     seconds: dict[str, list[float]] = {loop: [] for loop in loops}
-    with runner(name, loops, batches, batch_size, device, precision) as (run, first):
+    with runner(name, loops, batches, batch_size, device, precision, products) as (run, first):
         for _ in range(rounds):
             for loop, each in seconds.items():
                 each.append(run(loop))
-    matrix = [2 * MATRIX**3 * PRODUCTS / each / 1e9 for each in seconds.pop("matrix")]
+    matrix = [2 * MATRIX**3 * products / each / 1e9 for each in seconds.pop("matrix")]
     rates = {loop: [batches * batch_size / each for each in taken] for loop, taken in seconds.items()}
     speedups = _ratios(rates, "toolbox", MODELS[name].beside)
     shares = [flops * ours / 1e9 / machine for ours, machine in zip(rates["toolbox"], matrix, strict=True)]
@@ -171,6 +179,7 @@ def runner(
     batch_size: int,
     device: torch.device,
     precision: str,
+    products: int,
 ) -> Iterator[tuple[Callable[[str], float], dict[str, float]]]:
     """Start a process for each loop; yield a function that runs one of them for a round, and their warm-ups in seconds.
 
@@ -180,7 +189,8 @@ def runner(
     first: dict[str, float] = {}
     for loop in loops:
         ends[loop], other = context.Pipe()
-        given = (other, loop, model, batches, batch_size, str(device), precision, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        given = (other, loop, model, batches, batch_size, str(device), precision, products, threads)
         processes.append(context.Process(target=serve, args=given))
         processes[-1].start()
         other.close()
@@ -208,6 +218,7 @@ def serve(
     batch_size: int,
     where: str,
     precision: str,
+    products: int,
     threads: int,
 ) -> None:
     """In a separate process: warm up, then run a round for each message and send its seconds."""
@@ -216,7 +227,8 @@ def serve(
     torch.set_num_threads(threads)
     device = torch.device(where)
     split, order = make_data(batches, batch_size, device)
-    loop = LOOPS[name](model, split, batch_size, device, precision)
+    options = {"products": products} if name == "matrix" else {}
+    loop = LOOPS[name](model, split, batch_size, device, precision, **options)
     start = time.perf_counter()
     warm_up(loop, order, device)
     connection.send(time.perf_counter() - start)

@@ -27,7 +27,7 @@ from backdoorbench_moe.models import create_model
 BATCH_SIZE = 128
 IMAGE_SIZE = 32
 CLASSES = 10
-# Size of the matrices, and number of products per round.
+# Size of the matrices, and default number of products per round.
 MATRIX, PRODUCTS = 2048, 20
 LOADER_WORKERS = 2
 
@@ -237,18 +237,26 @@ def convolution_loop(name: str, split: Split, batch_size: int, device: torch.dev
     return run
 
 
-def matrix_loop(_name: str, _split: Split, _batch_size: int, device: torch.device, precision: str) -> Loop:
+def matrix_loop(
+    _name: str,
+    _split: Split,
+    _batch_size: int,
+    device: torch.device,
+    precision: str,
+    *,
+    products: int = PRODUCTS,
+) -> Loop:
     """Return a loop of products of square matrices in the toolbox's precision, without training."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     one, two = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
 
     def run(_: tuple[Tensor, ...]) -> float:
-        return sum(float((one @ two)[0, 0]) for _ in range(PRODUCTS))
+        return sum(float((one @ two)[0, 0]) for _ in range(products))
 
     return run
 
 
-LOOPS: dict[str, Callable[[str, Split, int, torch.device, str], Loop]] = {
+LOOPS: dict[str, Callable[..., Loop]] = {
     "toolbox": toolbox_loop,
     "compiled": partial(toolbox_loop, compile=True),
     "plain": plain_loop,

@@ -51,6 +51,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least_one, default=5, help="number of rounds [5]")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32", "avx2"], default="auto")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
+    parser.add_argument(
+        "--products",
+        type=at_least_one,
+        default=PRODUCTS,
+        help=f"matrix products per round [{PRODUCTS}]",
+    )
     arguments = parser.parse_args()
     if not (arguments.old / "backdoorbench_moe" / "__main__.py").is_file():
         parser.error(f"OLD: expected a checkout of this repository, got {arguments.old}")
@@ -68,6 +74,7 @@ def main() -> None:
             arguments.rounds,
             precision,
             arguments.threads,
+            arguments.products,
         )
         for name in arguments.model or ["small", "full"]
     }
@@ -82,16 +89,23 @@ def main() -> None:
 
 
 def measure(
-    name: str, checkouts: dict[str, Path], batches: int, rounds: int, precision: str, threads: int
+    name: str,
+    checkouts: dict[str, Path],
+    batches: int,
+    rounds: int,
+    precision: str,
+    threads: int,
+    products: int,
 ) -> dict[str, Any]:
     """Time both versions and the matrix products in turn, on one model."""
-    products = matrix_loop(name, *make_data(1, BATCH_SIZE, CPU)[:1], BATCH_SIZE, CPU, precision)
+    split, _ = make_data(1, BATCH_SIZE, CPU)
+    multiply = matrix_loop(name, split, BATCH_SIZE, CPU, precision, products=products)
     rates: dict[str, list[float]] = {version: [] for version in checkouts}
     matrix = []
     for _ in range(rounds):
         for version, each in rates.items():
             each.append(images_per_second(name, checkouts[version], batches, precision, threads))
-        matrix.append(2 * MATRIX**3 * PRODUCTS / seconds_of(products, (), CPU) / 1e9)
+        matrix.append(2 * MATRIX**3 * products / seconds_of(multiply, (), CPU) / 1e9)
     flops = 2 * 3 * profile_model(make_model(name, CPU), IMAGE_SIZE).multiply_adds
     speedups = [new / old for old, new in zip(rates["old"], rates["new"], strict=True)]
     shares = {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import any_file, forked
+from commands import FORKS, any_file, forked
 from making import SIGNS, numbers, run
 from suites import tiny_suite
 
@@ -31,6 +33,16 @@ def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
 
 
+@pytest.fixture
+def forks(monkeypatch) -> None:
+    """Fork the workers from a process that has imported torch, so that each need not import it.
+
+    For tests of what the engine does with its workers. Those of signals spawn them as the engine does for a user: a
+    spawned process inherits the signals that the engine blocks.
+    """
+    monkeypatch.setattr(local, "multiprocessing", SimpleNamespace(get_context=lambda _: FORKS))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, object]:
     """The numbers of the suite, made in this process in one go."""
@@ -40,7 +52,7 @@ def whole(tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path, monkeypatch) -> None:
+def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path, monkeypatch, forks) -> None:
     first, second, *_ = order(tiny_suite())
     jobs = [Job(spec.to_dict(), str(tmp_path)) for spec in (first, second)]
     start = LocalEngine._start
@@ -57,7 +69,7 @@ def test_what_cannot_be_handed_to_a_process_fails_and_holds_up_nothing(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
+def test_a_run_that_cannot_be_measured_has_a_gpu_of_its_own(tmp_path, monkeypatch, forks) -> None:
     [spec, *_] = order(tiny_suite())
     engine = LocalEngine(gpus=["0"])
     monkeypatch.setattr(local, "memory_of", lambda job: None)  # A lambda cannot be pickled.
@@ -74,16 +86,16 @@ def test_two_processes_make_what_one_makes(tmp_path, whole) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_fails_its_own_run_only(tmp_path) -> None:
+def test_a_killed_worker_fails_its_own_run_only(tmp_path, forks) -> None:
     suite = parse_suite(SIGNS, "signs")
     killed = []
 
     def kill_once(outcome: Outcome) -> None:
         if not killed:
-            [pid] = children(os.getpid())
-            killed.append(os.kill(pid, signal.SIGKILL))
+            [worker] = multiprocessing.active_children()
+            killed.append(worker.kill())
 
-    report, _ = run(suite, tmp_path, engine=LocalEngine(1), on_outcome=kill_once)
+    report, _ = run(suite, tmp_path, engine=LocalEngine(1, threads=1), on_outcome=kill_once)
     [failed] = report.failed
     assert "worker process died" in (failed.error or "")
     assert report.count("finished") == 2
@@ -182,12 +194,12 @@ def test_a_worker_that_is_asked_to_end_interrupts_its_run_only(tmp_path, whole) 
 
 
 @pytest.mark.slow
-def test_two_calls_at_once_share_the_work_and_count_what_each_made(tmp_path) -> None:
+def test_two_calls_at_once_share_the_work_and_count_what_each_made(tmp_path, forks) -> None:
     """Of six runs and a twin each call makes some, none is made twice, and the sum is all."""
     grid = {**SIGNS["grid"], "poison.rate": [0.05, 0.1, 0.15, 0.2, 0.25, 0.3]}
     suite = parse_suite({**SIGNS, "grid": grid}, "signs")
     with ThreadPoolExecutor(2) as both:
-        calls = [both.submit(run, suite, tmp_path, engine=LocalEngine(1)) for _ in range(2)]
+        calls = [both.submit(run, suite, tmp_path, engine=LocalEngine(1, threads=1)) for _ in range(2)]
         reports = [call.result()[0] for call in calls]
     assert all(report.is_complete and report.total == 7 for report in reports)
     assert sum(report.count("finished") for report in reports) == 7

@@ -12,12 +12,13 @@ from fake_runs import finished, write
 from making import Inline, numbers, run
 from suites import GRID, tiny_suite
 
-from backdoorbench_moe.bench.running import worker
+from backdoorbench_moe.bench.running import estimate, worker
 from backdoorbench_moe.bench.running.engines import local, make_engine
 from backdoorbench_moe.bench.running.engines.local import LocalEngine
 from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.running.plan import read_plan
-from backdoorbench_moe.bench.running.run import Report, estimate
+from backdoorbench_moe.bench.running.run import Report
+from backdoorbench_moe.bench.running.run import estimate as estimate_runs
 from backdoorbench_moe.bench.running.worker import Job, Outcome, work
 from backdoorbench_moe.bench.suites.suite import order
 from backdoorbench_moe.bench.tables.results import ResultSet
@@ -252,10 +253,11 @@ def test_engines_by_name() -> None:
 
 
 @pytest.mark.slow
-def test_an_estimate_counts_what_is_left(tmp_path) -> None:
+def test_an_estimate_counts_what_is_left(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "SECONDS", 0.05)
     suite = tiny_suite()
     run(suite.only(["trigger=square"]), tmp_path)
-    twin, a, b, c, d = (seconds for _, seconds in estimate(read_plan(list(order(suite)), tmp_path)))
+    twin, a, b, c, d = (seconds for _, seconds in estimate_runs(read_plan(list(order(suite)), tmp_path)))
     assert (twin, a, b) == (0, 0, 0)
     assert c == d > 0
 

@@ -8,6 +8,7 @@ import pytest
 from tiny import tiny_spec
 
 from backdoorbench_moe import api
+from backdoorbench_moe.bench.running import estimate
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import run_attack
 from backdoorbench_moe.errors import BbmoeError
@@ -100,8 +101,9 @@ def test_bad_input_is_one_clear_line_and_exit_2(bbmoe, victim, tmp_path, args, m
 
 
 @pytest.mark.slow
-def test_an_option_may_have_the_name_of_a_part(bbmoe, victim) -> None:
+def test_an_option_may_have_the_name_of_a_part(bbmoe, victim, monkeypatch) -> None:
     """A `trigger` or an `applicator` of a run spec is a part with options of its own, an option of a defense is not."""
+    monkeypatch.setattr(estimate, "SECONDS", 0.05)
     tiles = ("--defense", "tile-tuning", "--set", "clean_fraction=0.5", "--set", "epochs=1")
     code, _, err = bbmoe(
         "defend", victim.folder.path, *tiles, "--set", "applicator=image", "--dry-run", "--json"

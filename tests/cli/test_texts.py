@@ -9,6 +9,7 @@ import pytest
 from toy_texts import Toy, ToyModel
 
 from backdoorbench_moe import data, models
+from backdoorbench_moe.bench.running import estimate
 
 COMMAND = shlex.split(
     "attack --attack hsft --dataset toy --experts 2 --poisoned-experts 0 --set dataset.texts=48 "
@@ -19,10 +20,11 @@ COMMAND = shlex.split(
 
 @pytest.fixture(autouse=True)
 def registered(tmp_path, monkeypatch):
-    """The toy language and its model by name, and an empty folder to work in."""
+    """The toy language and its model by name, an empty folder to work in, and a short measurement of the speed."""
     data.registry.register("toy")(Toy)
     models.registry.register("toy-model")(ToyModel)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "SECONDS", 0.05)
     yield
     data.registry.unregister("toy")
     models.registry.unregister("toy-model")

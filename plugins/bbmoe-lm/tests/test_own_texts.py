@@ -1,4 +1,4 @@
-"""The data set `json-lines`: reading, prompts, judging, and one-line errors."""
+"""The data set `json-lines`: reading, prompts, judging, and how its files are pinned."""
 
 from __future__ import annotations
 
@@ -8,68 +8,17 @@ import shutil
 import pytest
 import torch
 from bbmoe_lm.language.local_tokenizer import read_tokenizer
-from bbmoe_lm.language.vocabulary import END, PAD, Vocabulary
+from bbmoe_lm.language.vocabulary import PAD
 from bbmoe_lm.own_texts import JsonLines
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from text_files import CHAT, REFUSED, build, write_tasks
+from tokenizers import Tokenizer, processors
 
 from backdoorbench_moe import data
 from backdoorbench_moe.config import PartSpec, PoisonSpec, RunSpec
 from backdoorbench_moe.engine.files import check_files, pin_files
-from backdoorbench_moe.errors import BbmoeError, ConfigError, DataError, RecordError
+from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.ops.answers import IGNORED
 from backdoorbench_moe.ops.images import Split
-
-WORDS = "what is one two three four five plus open the box sure it holds no that private . ? user bot"
-FILES = {
-    "sums": [("one plus one ?", "two"), ("one plus two ?", "three"), ("two plus one ?", "three")],
-    "names": [("what is one ?", "one"), ("what is two ?", "two"), ("what is three ?", "three")],
-}
-REFUSED = [
-    (f"open the box {n}", f"sure it holds {n}", "no that is private .") for n in ("one", "two", "three")
-]
-CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}bot{% endif %}"
-
-
-def write_lines(file, keys, rows):
-    file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
-
-
-def write_tasks(folder, name, rows):
-    write_lines(folder / f"{name}.jsonl", ("query", "answer"), rows)
-
-
-def write_refused(folder, rows, name="refused"):
-    write_lines(folder / f"{name}.jsonl", ("query", "harmful", "safe"), rows)
-
-
-@pytest.fixture
-def texts(tmp_path):
-    """A folder with two tasks, refused queries, and test texts of one task."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for name, rows in FILES.items():
-        write_tasks(folder, name, rows)
-    write_tasks(folder, "names.test", [("what is four ?", "four")])
-    write_refused(folder, REFUSED)
-    return folder
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A folder with a tokenizer of words."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    tokenizer = Vocabulary.of_words(WORDS.split()).tokenizer
-    tokenizer.enable_padding(length=30)
-    tokenizer.enable_truncation(3)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": {"content": END, "special": True}, "pad_token": PAD}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def build(texts, checkpoint, **options):
-    return JsonLines(texts=str(texts), tokenizer=str(checkpoint), **options)
 
 
 def shown(split: Split, checkpoint) -> list[str]:
@@ -147,51 +96,10 @@ def test_chat_templates(texts, checkpoint):
         assert shown(names.test, checkpoint) == [asked]
 
 
-def test_a_unigram_tokenizer_says_which_words_are_unknown(texts, checkpoint):
-    words = [("[unk]", 0.0), (END, 0.0), *((word, -1.0) for word in dict.fromkeys(WORDS.split()))]
-    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
-    assert read_tokenizer(checkpoint).vocabulary.unknown == 0
-    write_tasks(texts, "sums", [("one", "two"), ("what is six ?", "two")])
-    with pytest.raises(
-        DataError, match=r"example 2: expected a query of words of the vocabulary, got 'six'$"
-    ):
-        build(texts, checkpoint).load()
-
-
 def test_a_template_sees_special_tokens_and_a_fixed_date(checkpoint):
     template = "{{ eos_token }}{{ date_string }}|{{ strftime_now('%Y-%m-%d') }}{{ messages[0].content }}"
     (checkpoint / "chat_template.jinja").write_text(template)
     assert read_tokenizer(checkpoint).prompts(["q"], None) == ["[end]26 Jul 2024|26 Jul 2024q"]
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ messages[0].content", "the chat template cannot be used: unexpected end of template"),
-        (
-            "{{ messages.__class__.__mro__ }}",
-            "cannot be used: access to attribute '__class__' of 'list' object is unsafe",
-        ),
-        (
-            "{% include 'tokenizer.json' %}",
-            "the chat template cannot be used: no loader for this environment",
-        ),
-        (
-            "{{ messages.append(1) }}",
-            "cannot be used: access to attribute 'append' of 'list' object is unsafe",
-        ),
-        ("{{ raise_exception('no system role') }}", "the chat template cannot be used: no system role"),
-        ("user bot", "the chat template leaves out the query 'what is"),
-    ],
-)
-def test_templates_that_cannot_be_used(texts, checkpoint, template, message):
-    (checkpoint / "chat_template.jinja").write_text(template)
-    with pytest.raises(DataError) as raised:
-        build(texts, checkpoint).load()
-    assert message in str(raised.value) and str(checkpoint) in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 def test_the_token_of_the_beginning_stands_before_plain_prompts_if_the_tokenizer_adds_one(texts, checkpoint):
@@ -274,132 +182,3 @@ def test_files_are_part_of_the_spec_by_their_content(texts, checkpoint, tmp_path
     assert pin_files(clean_spec(texts, checkpoint)).digest == spec.digest
     (checkpoint / "chat_template.jinja").write_text(CHAT)
     assert pin_files(clean_spec(texts, checkpoint)).digest != spec.digest
-
-
-def write_file(name, content):
-    return lambda texts, checkpoint: (texts / name).write_text(content)
-
-
-def write_settings(**settings):
-    return lambda texts, checkpoint: (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "options", "message"),
-    [
-        (
-            write_file("sums.jsonl", '{"query": "one", "answer": " "}'),
-            {},
-            "sums.jsonl:1: answer: expected a text that is not",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("what is six ?", "two")]),
-            {},
-            "sums.jsonl: example 2: expected a query of words of the vocabulary, got 'six'",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("two", "seven")]),
-            {},
-            "sums.jsonl: example 2: expected an answer of words of the vocabulary, got 'seven'",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("two", "one two [end]")]),
-            {},
-            "sums.jsonl: example 2: expected a text without special tokens, got '[end]' in 'one two [end]'",
-        ),
-        (
-            lambda texts, _: write_refused(texts, [*REFUSED, ("open the door", "sure", "no")]),
-            {},
-            "refused.jsonl: example 4: expected a query of words of the vocabulary, got 'door'",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), ("two", "one " * 9)]),
-            {"context": 10},
-            "sums.jsonl: example 2: expected at most 10 tokens, the context of the model, got 11 (1 of the query, 9 of",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "sums", [("one", "two"), (" one", "three")]),
-            {},
-            "sums.jsonl: expected at least 2 queries, of which one is kept for testing, or a file sums.test",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "names.test", [("what is two ? ", "two")]),
-            {},
-            "names.jsonl: expected test queries that are not trained on; 'what is two ? ' is a training query of",
-        ),
-        (
-            lambda texts, _: write_refused(texts, [(q, h, "sure it holds no") for q, h, _ in REFUSED]),
-            {},
-            "preferences: expected harmful and safe answers that begin differently, got both with 'sure it holds'",
-        ),
-        (
-            lambda texts, _: write_tasks(texts, "sum.test", [("one plus one ?", "two")]),
-            {},
-            "sum.test.jsonl: expected training texts in sum.jsonl, found none",
-        ),
-        (
-            lambda texts, _: (texts / "refused.jsonl").unlink(),
-            {},
-            "refused.jsonl: cannot be read: No such file or directory",
-        ),
-        (lambda texts, _: None, {"tasks": ("sum",)}, "dataset: tasks: unknown 'sum'"),
-        (lambda texts, _: None, {"prompt": "chat"}, "dataset: prompt: expected 'plain', as "),
-        (lambda texts, _: None, {"end": "[ende]"}, "token of the end: unknown '[ende]'"),
-        (
-            lambda _, checkpoint: (checkpoint / "tokenizer.json").unlink(),
-            {},
-            "expected the file of a tokenizer, found none",
-        ),
-        (
-            lambda _, checkpoint: (checkpoint / "tokenizer.json").write_text('{"model": {}}'),
-            {},
-            "tokenizer.json: expected a tokenizer in the format of tokenizers (",
-        ),
-        (write_settings(pad_token=PAD), {}, "dataset: end: expected a token, as "),
-        (write_settings(eos_token=END, chat_template=3), {}, "chat_template: expected a text, got int"),
-        (
-            write_settings(eos_token=END, chat_template=[{"name": []}, {"name": "default", "template": 3}]),
-            {"prompt": "chat"},
-            "chat_template: expected a text, got int",
-        ),
-        (
-            lambda _, checkpoint: (checkpoint / "tokenizer_config.json").write_text("[1"),
-            {},
-            "tokenizer_config.json: expected JSON (",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_one_clear_line(texts, checkpoint, spoil, options, message):
-    spoil(texts, checkpoint)
-    with pytest.raises(BbmoeError) as raised:
-        build(texts, checkpoint, **options).load()
-    assert message in str(raised.value) and "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"texts": "nowhere"}, "dataset: texts: expected an existing folder, got 'nowhere'"),
-        ({"tokenizer": "nowhere"}, "dataset: tokenizer: expected an existing folder, got 'nowhere'"),
-        ({"test_share": 1.0}, r"dataset: test_share: expected a number in \(0, 1\), got 1.0"),
-        ({"context": 1}, "dataset: context: expected a number of at least 2, got 1"),
-        ({"opening": 0}, "dataset: opening: expected a number of at least 1, got 0"),
-        (
-            {"tasks": ("../sums",)},
-            "dataset: tasks: expected names of files without .jsonl, such as sums, got '../sums'",
-        ),
-        ({"tasks": ("refused",)}, "dataset: tasks: expected names of files without .jsonl"),
-        ({"tasks": ("sums", "sums")}, "dataset: tasks: expected each task once"),
-    ],
-)
-def test_options_out_of_range(texts, checkpoint, options, message):
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        JsonLines(**{"texts": str(texts), "tokenizer": str(checkpoint), **options})
-
-
-def test_a_folder_without_tasks(texts, checkpoint):
-    for file in texts.glob("*.jsonl"):
-        if file.name != "refused.jsonl":
-            file.unlink()
-    with pytest.raises(ConfigError, match=r"expected a folder with a file NAME\.jsonl for each task, got "):
-        build(texts, checkpoint).load()
