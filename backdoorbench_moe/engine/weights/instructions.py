@@ -220,7 +220,7 @@ class _Stack:
                 self._encoded += len(text)
                 if self._encoded > LARGEST_HEADER:
                     self.fault = f"makes more than {LARGEST_HEADER:,} bytes"
-                elif text and max(text) > "\xff":
+                elif text and ord(max(text)) > 255:
                     self.fault = "contains bytes that are written with larger numbers than 255"
                 return len(text)
         self.fault = "calls _codecs.encode with something else than a text and latin1"
