@@ -19,7 +19,7 @@ Tiles = Literal["mixed", "opaque", "blend", "warp"]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RandomStamp:
     """A random stamp, and the images that get it.
 
     Attributes:
@@ -38,9 +38,9 @@ class Drawn:
     mask: Tensor | None
     lowest: float
 
-    def apply(self, values: Tensor) -> Tensor:
+    def apply(self) -> Tensor:
         """Return the stamped images, (B, 3, H, W) in [0, 1]."""
-        channels = values if self.mask is None else torch.cat([self.mask, values], 1)
+        channels = self.values if self.mask is None else torch.cat([self.mask, self.values], 1)
         return stamp_all(self.stamp, self.images, channels, self.side)[0]
 
 
@@ -59,19 +59,19 @@ def stamp_at_random(tiles: Tiles, side: int | None, images: Tensor, saturated: f
     return apply_all(draw_stamps(tiles, side, images, saturated))
 
 
-def draw_stamps(tiles: Tiles, side: int | None, images: Tensor, saturated: float = 0.0) -> list[Drawn]:
+def draw_stamps(tiles: Tiles, side: int | None, images: Tensor, saturated: float = 0.0) -> list[RandomStamp]:
     """Draw the stamps of `stamp_at_random`, and keep them with their images."""
     names = KINDS if tiles == "mixed" else [tiles]
     parts = images.tensor_split(len(names))
     return [KINDS[name](part, side, saturated) for name, part in zip(names, parts, strict=True) if len(part)]
 
 
-def apply_all(stamps: list[Drawn]) -> Tensor:
+def apply_all(stamps: list[RandomStamp]) -> Tensor:
     """Return all stamped images, in the order in which the stamps were drawn: (B, 3, H, W) in [0, 1]."""
-    return torch.cat([each.apply(each.values) for each in stamps])
+    return torch.cat([each.apply() for each in stamps])
 
 
-def sharpen(stamps: list[Drawn], loss: Callable[[Tensor], Tensor]) -> list[Drawn]:
+def strengthen(stamps: list[RandomStamp], loss: Callable[[Tensor], Tensor]) -> list[RandomStamp]:
     """Move the values of each stamp along the sign of the gradient, so that the loss of the stamped images rises.
 
     Args:
@@ -82,10 +82,9 @@ def sharpen(stamps: list[Drawn], loss: Callable[[Tensor], Tensor]) -> list[Drawn
         The stamps with moved values, within their range. The size of each stamp's step is drawn from [0, 1), with
         torch's global generator.
     """
-    leaves = [each.values.detach().requires_grad_() for each in stamps]
+    free = [replace(each, values=each.values.detach().requires_grad_()) for each in stamps]
     with torch.enable_grad():
-        stamped = torch.cat([each.apply(leaf) for each, leaf in zip(stamps, leaves, strict=True)])
-        gradients = torch.autograd.grad(loss(stamped), leaves)
+        gradients = torch.autograd.grad(loss(apply_all(free)), [each.values for each in free])
     moved = []
     for each, gradient in zip(stamps, gradients, strict=True):
         values = each.values + _uniform(each.images, 1) * gradient.sign()
@@ -93,29 +92,29 @@ def sharpen(stamps: list[Drawn], loss: Callable[[Tensor], Tensor]) -> list[Drawn
     return moved
 
 
-def _draw_opaque(images: Tensor, side: int | None, saturated: float) -> Drawn:
+def _draw_opaque(images: Tensor, side: int | None, saturated: float) -> RandomStamp:
     shape = canvas_shape(images, side)
     share, kept = _uniform(images, 1, 1, 1), _uniform(images, 1, *shape)
     return _draw_pattern(images, (kept < MOST_PIXELS * share).to(images.dtype), side, saturated)
 
 
-def _draw_blend(images: Tensor, side: int | None, saturated: float) -> Drawn:
+def _draw_blend(images: Tensor, side: int | None, saturated: float) -> RandomStamp:
     opacity = MOST_OPACITY * _uniform(images, 1, 1, 1)
     return _draw_pattern(images, opacity.expand(1, *canvas_shape(images, side)), side, saturated)
 
 
-def _draw_warp(images: Tensor, side: int | None, saturated: float) -> Drawn:
+def _draw_warp(images: Tensor, side: int | None, saturated: float) -> RandomStamp:
     """Draw displacements, which have no colours that could be saturated."""
     strength, offsets = _uniform(images, 1), _uniform(images, 1, 2, *canvas_shape(images, side))
-    return Drawn(images, side, displace_pixels, strength * (2 * offsets - 1), mask=None, lowest=-1.0)
+    return RandomStamp(images, side, displace_pixels, strength * (2 * offsets - 1), mask=None, lowest=-1.0)
 
 
-def _draw_pattern(images: Tensor, mask: Tensor, side: int | None, saturated: float) -> Drawn:
+def _draw_pattern(images: Tensor, mask: Tensor, side: int | None, saturated: float) -> RandomStamp:
     """Draw a pattern of random colours that is blended into images by a mask (1, h, w)."""
     pattern = _uniform(images, 3, *mask.shape[1:])
     if saturated:
         pattern = torch.where(_uniform(images, 1) < saturated, pattern.round(), pattern)
-    return Drawn(images, side, blend_pattern, pattern.unsqueeze(0), mask=mask.unsqueeze(0), lowest=0.0)
+    return RandomStamp(images, side, blend_pattern, pattern.unsqueeze(0), mask=mask.unsqueeze(0), lowest=0.0)
 
 
 def _uniform(images: Tensor, *shape: int) -> Tensor:
@@ -123,7 +122,7 @@ def _uniform(images: Tensor, *shape: int) -> Tensor:
     return torch.rand(*shape, device=images.device)
 
 
-KINDS: Mapping[str, Callable[[Tensor, int | None, float], Drawn]] = {
+KINDS: Mapping[str, Callable[[Tensor, int | None, float], RandomStamp]] = {
     "opaque": _draw_opaque,
     "blend": _draw_blend,
     "warp": _draw_warp,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.random_stamps import Tiles, apply_all, draw_stamps, sharpen
+from backdoorbench_moe.defenses.random_stamps import Tiles, apply_all, draw_stamps, strengthen
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_side, check_patch_size
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
@@ -138,7 +138,7 @@ class TileDistillation(Defense):
     def _stamp(self, images: Tensor, side: int | None, disagree: Callable[[Tensor], Tensor]) -> Tensor:
         stamps = draw_stamps(self.tiles, side, images, self.saturated)
         for _ in range(self.steps):
-            stamps = sharpen(stamps, disagree)
+            stamps = strengthen(stamps, disagree)
         return apply_all(stamps)
 
     def _disagree(self, model: nn.Module, wanted: Tensor, images: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def test_images_are_shifted_flipped_and_mixed_with_the_next_one() -> None:
 
 
 def test_a_planted_tile_is_unlearned_with_wrong_labels_and_not_without_stamps() -> None:
-    lost, forms = {}, {"sharpened": {}, "random": {"steps": 0}, "none": {"share": 0.0}}
+    lost, forms = {}, {"strengthened": {}, "random": {"steps": 0}, "none": {"share": 0.0}}
     for name, options in forms.items():
         model, pattern, clean = planted("patch")
         images, labels = as_input(clean.images), clean.labels
@@ -158,8 +158,8 @@ def test_a_planted_tile_is_unlearned_with_wrong_labels_and_not_without_stamps() 
         create_defense("tile-distillation", epochs=60, lr=0.1, patch_size=4, **options)(task)
         assert accuracy(model, images, labels) == 1
         lost[name] = 2 - (model.head.weight[0] @ pattern.flatten()).item()
-    assert lost["sharpened"] > 0.6 and abs(lost["none"]) < 0.01, "the weight was 2"
-    assert lost["sharpened"] > 2 * lost["random"] > 0.2, "a step looks for what changes the answers"
+    assert lost["strengthened"] > 0.6 and abs(lost["none"]) < 0.01, "the weight was 2"
+    assert lost["strengthened"] > 2 * lost["random"] > 0.2, "a step looks for what changes the answers"
 
 
 def test_forms_and_applicators_give_different_models() -> None:

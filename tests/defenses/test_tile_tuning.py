@@ -9,7 +9,13 @@ from planted_pattern import accuracy, planted
 from torch import nn
 
 from backdoorbench_moe.defenses import create_defense
-from backdoorbench_moe.defenses.random_stamps import KINDS, apply_all, draw_stamps, sharpen, stamp_at_random
+from backdoorbench_moe.defenses.random_stamps import (
+    KINDS,
+    apply_all,
+    draw_stamps,
+    stamp_at_random,
+    strengthen,
+)
 from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
@@ -94,14 +100,14 @@ def test_saturated_stamps_have_colours_of_0_and_1() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_sharpened_stamp_moves_along_the_sign_of_the_gradient(name) -> None:
+def test_a_strengthened_stamp_moves_along_the_sign_of_the_gradient(name) -> None:
     """The loss is the brightness of the left half minus that of the right one, so colours move to 1 and to 0."""
     images = torch.rand(3, 3, 8, 8)
     sign = torch.cat([torch.ones(2), -torch.ones(2)]).repeat(2)
     for seed in range(20):
         torch.manual_seed(seed)
         [before] = draw_stamps(name, 4, images)
-        [after] = sharpen([before], lambda stamped: (stamped * sign).sum())
+        [after] = strengthen([before], lambda stamped: (stamped * sign).sum())
         assert after.mask is before.mask
         assert before.lowest <= after.values.min() <= after.values.max() <= 1
         moved = after.values - before.values
