@@ -6,8 +6,8 @@ Nothing is trained. The files are:
 
 - the tables, plots and pages of each results folder (`benchmarks/results/**/suite.json`),
 - the leaderboard of the documentation, from the results folders of the suites in `LEADERBOARD`,
-- the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/README.md, benchmarks/claims.md,
-  docs/pages/findings.md, docs/pages/audit.md and docs/pages/language-models.md.
+- the tables between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, benchmarks/claims.md and the pages of the
+  documentation.
 
 Records are never changed. A second call changes nothing. The text around the tables is written by hand; check it when
 numbers or verdicts change.
@@ -29,15 +29,8 @@ from backdoorbench_moe.bench.suites.reading import load_suite, split_scale
 from backdoorbench_moe.bench.tables.results import with_seeds
 
 ROOT = Path(__file__).parents[1]
-PAGES = (
-    Path("README.md"),
-    Path("benchmarks") / "README.md",
-    Path("benchmarks") / "claims.md",
-    Path("docs") / "pages" / "findings.md",
-    Path("docs") / "pages" / "audit.md",
-    Path("docs") / "pages" / "language-models.md",
-)
-LEADERBOARD_PAGE = Path("docs") / "pages" / "assets" / "leaderboard.html"
+DOCS = Path("docs") / "pages"
+LEADERBOARD_PAGE = DOCS / "assets" / "leaderboard.html"
 # Suites of the leaderboard with their scales; those of plug-ins by file. Scale quick can be run completely on two CPU
 # cores; scale small contains the runs on CIFAR-10.
 STANDARD = (
@@ -57,6 +50,12 @@ LEADERBOARD = (
 def results_folders(root: Path) -> list[Path]:
     """List the results folders in a copy of the repository."""
     return sorted(file.parent for file in (root / RESULTS).rglob("suite.json"))
+
+
+def pages(root: Path) -> list[Path]:
+    """List the pages that may have marked tables, relative to a copy of the repository."""
+    found = sorted(file.relative_to(root) for file in (root / DOCS).rglob("*.md"))
+    return [Path("README.md"), Path("benchmarks") / "claims.md", *found]
 
 
 def leaderboard(root: Path) -> str:
@@ -90,7 +89,7 @@ def main(root: Path = ROOT) -> None:
         redraw_results(suite_of(root, folder), folder)
         if _contents(folder) != before:
             print(folder.relative_to(root))
-    texts = {page: (root / page).read_text(encoding="utf-8") for page in PAGES}
+    texts = {page: (root / page).read_text(encoding="utf-8") for page in pages(root)}
     blocks = {name: draw(root) for name, draw in BLOCKS.items()}
     for page, text in texts.items():
         _replace(root, page, text, redraw_page(text, blocks))

@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 MADE = "made"
+# To a file below benchmarks/, from a page or from one in a folder of pages ("up").
+LINK = re.compile(r"\]\(\.\./\.\./(?P<up>\.\./)?benchmarks/(?P<name>[^)#]+)(?=\))")
 APPLICATORS = {"image": "on the image", "patch": "in every patch"}
 # A square of 4x4 pixels would cover all of a 4x4 tile.
 OPTIONS = {("square", "patch"): {"size": 2}}
@@ -55,9 +57,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables into a page, and let its links into benchmarks/ lead to the copies on the site."""
+    """Put the tables into a page, and let its links into benchmarks/ lead to the site's reports and copies."""
     text = re.sub(r"<!-- made: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
-    return text.replace("](../../benchmarks/", f"]({MADE}/")
+    return LINK.sub(lambda match: f"]({match['up'] or ''}{MADE}/{copy_of(match['name'])}", text)
+
+
+def copy_of(name: str) -> str:
+    """Name the file below `made/` for one below benchmarks/: the tables of a suite are in its report."""
+    file = BENCHMARKS / name
+    is_table = file.name == "table.md" and (file.parent / MANIFEST).exists()
+    return f"reports/{label(file.parent)}/index.html" if is_table else name
 
 
 def made_files() -> Iterator[tuple[str, bytes]]:
@@ -69,9 +78,10 @@ def made_files() -> Iterator[tuple[str, bytes]]:
         for name in ("index.html", RECORDS):
             yield f"reports/{label(folder)}/{name}", (folder / name).read_bytes()
     yield "analysis.html", draw_report(load_document(RESULTS / "report" / "analysis.json")).page.encode()
-    for page in sorted((ROOT / "docs" / "pages").glob("*.md")):
-        for name in re.findall(r"\]\(\.\./\.\./benchmarks/([^)#]+)\)", page.read_text(encoding="utf-8")):
-            yield name, (BENCHMARKS / name).read_bytes()
+    for page in sorted((ROOT / "docs" / "pages").rglob("*.md")):
+        for _, name in LINK.findall(page.read_text(encoding="utf-8")):
+            if copy_of(name) == name:
+                yield name, (BENCHMARKS / name).read_bytes()
 
 
 @cache

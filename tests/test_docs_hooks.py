@@ -70,6 +70,12 @@ def test_links_of_pages_lead_to_what_is_made(hooks, monkeypatch) -> None:
         made["results/report/carriers.png"] == (ROOT / "benchmarks/results/report/carriers.png").read_bytes()
     )
     assert {f"reports/{hooks.label(folder)}/index.html" for folder in hooks.results_folders()} <= made.keys()
+    # A page in a folder, and tables, which are in the report of their suite.
+    link = "[c](../../../benchmarks/results/removal/medium/table.md) [d](../../../benchmarks/first_gate.py)"
+    assert hooks.on_page_markdown(link) == (
+        "[c](../made/reports/removal-medium/index.html) [d](../made/first_gate.py)"
+    )
+    assert made["first_gate.py"] == (ROOT / "benchmarks" / "first_gate.py").read_bytes()
     records = "results/badpatches-table1/small/records.jsonl"
     assert (
         made["reports/badpatches-table1-small/records.jsonl"] == (ROOT / "benchmarks" / records).read_bytes()

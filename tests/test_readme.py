@@ -20,7 +20,7 @@ from backdoorbench_moe.records import RunFolder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [README, (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")]
+DETAILS = ROOT / "docs" / "pages" / "benchmarks"
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 BLOCKS = [text for language, text in FENCES if language == "python"]
 
@@ -39,8 +39,9 @@ def test_the_trigger_takes_15_lines_and_works() -> None:
 
 
 def commands() -> list[str]:
-    """Every `bbmoe` command in a code block of the pages, without its comment."""
-    fences = [f for page in PAGES for f in re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
+    """Every `bbmoe` command in a code block of the READMEs, without its comment."""
+    pages = [README, (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")]
+    fences = [f for page in pages for f in re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
     lines = [line for text in fences for line in text.splitlines()]
     return [line.partition("#")[0].strip() for line in lines if line.startswith("bbmoe ")]
 
@@ -67,7 +68,8 @@ def test_files_the_readme_points_to_are_there() -> None:
 
 def test_the_first_look_is_its_records() -> None:
     """The table on the page is what `bbmoe show ... --markdown` draws from the committed records."""
-    [shown] = re.findall(r"<!-- first-look -->\n(.*?)<!-- /first-look -->", PAGES[1], re.DOTALL)
+    page = (DETAILS / "first-look.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"<!-- first-look -->\n(.*?)<!-- /first-look -->", page, re.DOTALL)
     folders = sorted(path.parent for path in (ROOT / "benchmarks/results/first-look").glob("*/record.json"))
     runs = [read_shown(folder) for folder in folders]
     assert shown == markdown_table(choose_columns(None, runs, intervals=True), runs) + "\n"
@@ -75,7 +77,8 @@ def test_the_first_look_is_its_records() -> None:
 
 def test_the_results_table_is_the_committed_one() -> None:
     """The cells of Table 1 that were run, as results/ has them (tests/benchmarks holds those to the records)."""
-    [shown] = re.findall(r"<!-- table1 -->\n(.*?)<!-- /table1 -->", PAGES[1], re.DOTALL)
+    page = (DETAILS / "attacks.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"<!-- table1 -->\n(.*?)<!-- /table1 -->", page, re.DOTALL)
     drawn = (ROOT / "benchmarks/results/badpatches-table1/small/table.md").read_text(encoding="utf-8")
     asr = drawn.partition("attack success rate (ASR), %\n\n")[2].partition("\n\n")[0].splitlines()
     run = [line for line in asr if "missing" not in line]
