@@ -32,7 +32,7 @@ NAMES = {
     "fine-tuning, epochs=240": "fine-tuning, 240 epochs",
     "tile-distillation": "tile-distillation, 240 epochs",
     "tile-distillation, epochs=80": "tile-distillation, 80 epochs",
-    "tile-distillation, share=0": "the same without tiles",
+    "tile-distillation, share=0": "distillation without tiles",
     "fine-tuning, epochs=40, lr=0.01": "the same with lr=0.01",
     "tile-tuning, lr=0.01": "the same with lr=0.01",
     "neural-cleanse, applicator=patch": "Neural Cleanse in all tiles, 20 epochs",
