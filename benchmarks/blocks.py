@@ -10,7 +10,7 @@ from itertools import compress
 from pathlib import Path
 
 from rich.console import Console
-from small_tables import NAMES, RESULTS, crossed, small_table, suite_of, whole_table, whole_text
+from small_tables import NAMES, RESULTS, crossed, results_of, small_table, whole_table, whole_text
 
 from backdoorbench_moe.auditing.calibration import packaged
 from backdoorbench_moe.auditing.population import table
@@ -19,7 +19,6 @@ from backdoorbench_moe.bench.suites.paper import PaperTable
 from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, value_of
 from backdoorbench_moe.bench.tables.layout import build_sheet, label
 from backdoorbench_moe.bench.tables.render import table_lines
-from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.bench.tables.wording import number
 from backdoorbench_moe.cli.show import read_shown
@@ -36,7 +35,7 @@ FOLLOWED = 20.0
 def table1(root: Path) -> str:
     """Draw the ASR of Table 1, without rows that have no finished run."""
     folder = root / RESULTS / "badpatches-table1" / "small"
-    sheet = build_sheet(ResultSet.from_folder(suite_of(root, folder), folder))
+    sheet = build_sheet(results_of(root, folder))
     [table] = [table for table in sheet.tables if table.metric == "asr"]
     names, rule, *rows = table_lines(table)
     found = [any(place.statistic for place in places) for places in table.places]
@@ -88,7 +87,7 @@ def twins(root: Path) -> str:
     """Draw the ASR of the clean twins of `standard-attacks`, without triggers that none of them follows."""
     head, rule, *rows = attacks(root, "small", "twin_asr").splitlines(keepends=True)
     folder = root / RESULTS / "standard-attacks" / "small"
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    results = results_of(root, folder)
     followed = set()
     for record in results.finished():
         rate = results.value(record.run_spec, "twin_asr")
@@ -231,7 +230,7 @@ def texts_tokens(root: Path) -> str:
 def harm(root: Path, place: str, layout: Layout) -> dict[tuple[str, ...], tuple[Statistic | None, str]]:
     """Return the ASR of each row of a suite on mixtures, and the paper's as text."""
     folder = root / RESULTS / place
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    results = results_of(root, folder)
     [table] = build_sheet(replace(results, suite=replace(results.suite, tables=(layout,)))).tables
     return {
         tuple(labels): (ours.statistic, "–" if paper.shape is None else number(paper.shape, 0))
@@ -243,7 +242,7 @@ def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:
     """Draw metrics of attacks on an expert for mixtures with the default gate."""
     folder = root / RESULTS / "moevil-gates" / scale
     layout = Layout("", ("attack.name",), METRIC_COLUMNS, metrics, no_trigger=False, where=GATE)
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    results = results_of(root, folder)
     measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
     [table] = build_sheet(measured).tables
     return "".join(f"{line}\n" for line in table_lines(table))

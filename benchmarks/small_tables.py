@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,17 @@ def suite_of(root: Path, folder: Path) -> Suite:
     return load_suite(str(file), manifest["scale"]).with_repeats(manifest["repeats"])
 
 
+def results_of(root: Path, folder: Path) -> ResultSet:
+    """Read the suite and the records of a results folder; once for all tables that are drawn from the same files."""
+    files = [folder / name for name in ("suite.json", "records.jsonl")]
+    return _read(root, folder, tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@functools.cache
+def _read(root: Path, folder: Path, _state: tuple[tuple[int, int], ...]) -> ResultSet:
+    return ResultSet.from_folder(suite_of(root, folder), folder)
+
+
 def whole_table(
     root: Path, place: str, layout: Layout, rows: Sequence[str] = (), *, names: Mapping[str, str] = NAMES
 ) -> str:
@@ -59,7 +71,7 @@ def whole_table(
         names: Texts for the labels of columns.
     """
     folder = root / RESULTS / place
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    results = results_of(root, folder)
     measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
     [table] = build_sheet(measured).tables
     head = [*map(key_name, table.row_keys), *(names.get(name, name) for name in table.columns)]
@@ -98,7 +110,7 @@ def crossed(root: Path, place: str, head: str, row: Callable[[Cell], str], metri
         metric: Key of the metric.
     """
     folder = root / RESULTS / place
-    results = ResultSet.from_folder(suite_of(root, folder), folder)
+    results = results_of(root, folder)
     rows: dict[str, dict[str, str]] = {}
     for cell in results.suite.cells:
         assert cell.spec.applicator is not None

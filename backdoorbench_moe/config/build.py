@@ -176,8 +176,9 @@ def _built_in(name: str) -> Values:
     return yaml.safe_load(text)
 
 
+@functools.cache
 def _load_own(text: str, origin: str, name: str, model: str) -> Values:
-    """Parse and check the recipe of a third-party package.
+    """Parse and check the recipe of a third-party package. Cached as the built-in ones; must not be modified.
 
     Args:
         text: Content of the YAML file.

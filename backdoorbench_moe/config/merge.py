@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from backdoorbench_moe.plain import PLAIN
+
 Values = dict[str, Any]
 
 
@@ -27,8 +29,18 @@ def merge(*layers: Mapping[str, Any]) -> Values:
             if isinstance(old, dict) and isinstance(value, Mapping) and not _is_renamed(old, value):
                 merged[key] = merge(old, value)
             else:
-                merged[key] = deepcopy(value)
+                merged[key] = _copy(value)
     return merged
+
+
+def _copy(value: Any) -> Any:
+    """Copy a value, several times as fast as `deepcopy` if it is plain: a suite merges thousands of settings."""
+    kind = type(value)
+    if kind is dict:
+        return {key: _copy(item) for key, item in value.items()}
+    if kind is list:
+        return [_copy(item) for item in value]
+    return value if kind in PLAIN else deepcopy(value)
 
 
 def _is_renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import math
 import types
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NamedTuple, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.records.record import (
@@ -169,13 +169,13 @@ def is_epoch_row(row: object) -> bool:
 def _find_damage(values: dict[str, Any]) -> str | None:
     """Return a description of the first value that does not match the schema, or None."""
     for name, annotation in _types_of(Record).items():
-        if damage := _misfit(values[name], annotation, name):
-            return damage
+        if misfit := _misfit(values[name], annotation):
+            return f"{name + misfit.path!r}: {misfit.text}"
     finished = values["status"] == "finished"
     data = TextFacts if "vocabulary" in values["data"] else DataFacts  # As `Record.is_text`.
     for name, facts in (("data", data), ("environment", Environment)):
-        if (values[name] or finished) and (damage := _misfit(values[name], facts, name)):
-            return damage
+        if (values[name] or finished) and (misfit := _misfit(values[name], facts)):
+            return f"{name + misfit.path!r}: {misfit.text}"
     groups = [("metrics", values["metrics"])]
     groups += [(f"stages[{n}].metrics", stage["metrics"]) for n, stage in enumerate(values["stages"])]
     for where, group in groups:
@@ -199,40 +199,56 @@ def _types_of(kind: type) -> dict[str, Any]:
 NAMES = {float: "a number", int: "an integer", str: "a string", dict: "a mapping", list: "a list"}
 
 
-def _misfit(value: Any, annotation: Any, where: str) -> str | None:
-    """Return why a JSON value does not match a type, or None if it does. `where` is the path of the value."""
+class Misfit(NamedTuple):
+    """A part of a JSON value that does not match its type."""
+
+    path: str
+    """Its place in the value, such as ".spec.model" or "[3]"; empty for the value itself."""
+    text: str
+    """What was expected and what was found."""
+
+    def within(self, place: str) -> Misfit:
+        """Return the same, with a path that begins one step further out."""
+        return Misfit(place + self.path, self.text)
+
+
+def _misfit(value: Any, annotation: Any) -> Misfit | None:
+    """Return the first part of a JSON value that does not match a type, or None if all match."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return None
     if origin in (Union, types.UnionType):
-        found = [_misfit(value, choice, where) for choice in arguments]
+        found = [_misfit(value, choice) for choice in arguments]
         return None if None in found else found[0]
     if is_typeddict(annotation):
-        return _misfit_of_keys(value, annotation, where)
+        return _misfit_of_keys(value, annotation)
     kind = origin or annotation
     if kind is types.NoneType:
-        return None if value is None else f"{where!r}: expected null, found {value!r}"
+        return None if value is None else Misfit("", f"expected null, found {value!r}")
     expected = (int, float) if kind is float else kind
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        return f"{where!r}: expected {NAMES.get(kind, kind.__name__)}, found {value!r}"
-    items: dict[str, Any] = {}
+        return Misfit("", f"expected {NAMES.get(kind, kind.__name__)}, found {value!r}")
     if isinstance(value, list):
-        items = {f"{where}[{n}]": item for n, item in enumerate(value)}
+        for n, item in enumerate(value):
+            if misfit := _misfit(item, arguments[-1]):
+                return misfit.within(f"[{n}]")
     elif isinstance(value, dict):
-        items = {f"{where}.{key}": item for key, item in value.items()}
-    return next((bad for name, item in items.items() if (bad := _misfit(item, arguments[-1], name))), None)
+        for key, item in value.items():
+            if misfit := _misfit(item, arguments[-1]):
+                return misfit.within(f".{key}")
+    return None
 
 
-def _misfit_of_keys(value: Any, annotation: Any, where: str) -> str | None:
-    """Return why a JSON value does not match a `TypedDict`, or None if it does. Unknown keys are allowed."""
+def _misfit_of_keys(value: Any, annotation: Any) -> Misfit | None:
+    """Return the first part that does not match a `TypedDict`, or None if all match. Unknown keys are allowed."""
     if not isinstance(value, dict):
-        return f"{where!r}: expected a mapping, found {value!r}"
+        return Misfit("", f"expected a mapping, found {value!r}")
     for key, kind in _types_of(annotation).items():
         optional = get_origin(kind) is NotRequired
         if key not in value:
             if optional:
                 continue
-            return f"{where!r}: expected the key {key!r}, found {value!r}"
-        if damage := _misfit(value[key], get_args(kind)[0] if optional else kind, f"{where}.{key}"):
-            return damage
+            return Misfit("", f"expected the key {key!r}, found {value!r}")
+        if misfit := _misfit(value[key], get_args(kind)[0] if optional else kind):
+            return misfit.within(f".{key}")
     return None

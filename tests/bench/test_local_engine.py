@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import FORKS, any_file, forked
+from commands import any_file, forked
 from making import SIGNS, numbers, run
 from suites import tiny_suite
 
@@ -31,16 +30,6 @@ from backdoorbench_moe.bench.suites.suite import order
 def fresh_runners(monkeypatch) -> None:
     monkeypatch.setattr(worker, "_runners", {})
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_SIGNS", 0.0)
-
-
-@pytest.fixture
-def forks(monkeypatch) -> None:
-    """Fork the workers from a process that has imported torch, so that each need not import it.
-
-    For tests of what the engine does with its workers. Those of signals spawn them as the engine does for a user: a
-    spawned process inherits the signals that the engine blocks.
-    """
-    monkeypatch.setattr(local, "multiprocessing", SimpleNamespace(get_context=lambda _: FORKS))
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_numbers(tmp_path, made) -> None
 
 
 @pytest.mark.slow
-def test_two_workers_make_what_one_makes(tmp_path) -> None:
+def test_two_workers_make_what_one_makes(tmp_path, forks) -> None:
     # The workers do not know the data set "tiny".
     suite = mixture_suite(base=SIGNS_BASE, grid=[{"attack": None}, {"attack": "moevil", **POISONED}])
     report, _ = run(suite, tmp_path / "two", engine=LocalEngine(2, threads=1))

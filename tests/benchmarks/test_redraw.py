@@ -18,7 +18,11 @@ FIRST_LOOK = "benchmarks/results/first-look"
 DEMO = "benchmarks/results/demo"
 TABLE_1 = "benchmarks/results/badpatches-table1/small"
 # Pages with a block that is drawn from what `copy` has.
-PAGES = {"README.md": "demo", "docs/pages/benchmarks/attacks.md": "table1", "docs/pages/findings.md": "stamping"}
+PAGES = {
+    "README.md": "demo",
+    "docs/pages/benchmarks/attacks.md": "table1",
+    "docs/pages/findings.md": "stamping",
+}
 PLUGIN = "plugins/bbmoe-vmoe/suites"
 LEADERBOARD = "docs/pages/assets/leaderboard.html"
 
