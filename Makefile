@@ -31,7 +31,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 	@! grep -rE --include='*.html' '(src|<link[^>]*href)="(https?:)?//' docs/site || { echo 'the site asks other hosts'; exit 1; }
 
-# Tables, plots and pages under benchmarks/results and the marked tables of both READMEs, from the committed records.
+# Tables, plots and pages under benchmarks/results and the marked tables of README and documentation, from the committed records.
 results: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/redraw.py
 
