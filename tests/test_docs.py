@@ -226,7 +226,10 @@ def test_the_commands_take_the_flags_they_are_shown_with(page, line) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(page for page in PAGES if page != "plugin.md"))
+# Pages of benchmarks open runs of their suites, which take long.
+@pytest.mark.parametrize(
+    "page", sorted(page for page in PAGES if page != "plugin.md" and not page.startswith("benchmarks/"))
+)
 def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
