@@ -149,17 +149,11 @@ def knowing(root: Path) -> str:
     return whole_table(root, "knowing-attacker/quick", layout, names=NOISE)
 
 
-def defended_standard(root: Path, scale: str, model: str, applicator: str, metric: str = "asr") -> str:
-    """Draw a metric after every defense of `standard-defenses` for a model, on the image or in every patch."""
+def defended_by(root: Path, place: str, model: str, applicator: str, metric: str = "asr") -> str:
+    """Draw a metric of every trigger after every defense, for a model, on the image or in every patch."""
     where = {"model.name": model, "applicator.name": applicator}
     layout = Layout("", ("defenses",), "trigger.name", (metric,), no_trigger=False, where=where)
-    return whole_table(root, f"standard-defenses/{scale}", layout)
-
-
-def defended_vmoe(root: Path) -> str:
-    """Draw the ASR on signs after every defense of a V-MoE, by patch."""
-    layout = Layout("", ("defenses",), "trigger.name", no_trigger=False, where={"applicator.name": "patch"})
-    return whole_table(root, "standard-vmoe/quick", layout)
+    return whole_table(root, place, layout)
 
 
 def tiles(root: Path, metric: str) -> str:
@@ -302,21 +296,42 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "defenses-ba": partial(after_defenses, place="defenses/small", metric="ba"),
     "transformer-defenses-asr": partial(after_defenses, place="transformer-defenses/small", metric="asr"),
     "transformer-defenses-ba": partial(after_defenses, place="transformer-defenses/small", metric="ba"),
-    "defended-pmoe-patch": partial(defended_standard, scale="quick", model="pmoe", applicator="patch"),
-    "defended-pmoe-image": partial(defended_standard, scale="quick", model="pmoe", applicator="image"),
+    "defended-pmoe-patch": partial(
+        defended_by, place="standard-defenses/quick", model="pmoe", applicator="patch"
+    ),
+    "defended-pmoe-image": partial(
+        defended_by, place="standard-defenses/quick", model="pmoe", applicator="image"
+    ),
     "defended-dense-patch": partial(
-        defended_standard, scale="quick", model="wide_resnet", applicator="patch"
+        defended_by, place="standard-defenses/quick", model="wide_resnet", applicator="patch"
     ),
     "defended-dense-image": partial(
-        defended_standard, scale="quick", model="wide_resnet", applicator="image"
+        defended_by, place="standard-defenses/quick", model="wide_resnet", applicator="image"
     ),
-    "cifar10-pmoe-patch": partial(defended_standard, scale="small", model="pmoe", applicator="patch"),
+    "cifar10-pmoe-patch": partial(
+        defended_by, place="standard-defenses/small", model="pmoe", applicator="patch"
+    ),
     "cifar10-pmoe-patch-ba": partial(
-        defended_standard, scale="small", model="pmoe", applicator="patch", metric="ba"
+        defended_by, place="standard-defenses/small", model="pmoe", applicator="patch", metric="ba"
     ),
-    "cifar10-pmoe-image": partial(defended_standard, scale="small", model="pmoe", applicator="image"),
-    "cifar10-dense-patch": partial(defended_standard, scale="small", model="wide_resnet", applicator="patch"),
-    "defended-vmoe": defended_vmoe,
+    "cifar10-pmoe-image": partial(
+        defended_by, place="standard-defenses/small", model="pmoe", applicator="image"
+    ),
+    "cifar10-dense-patch": partial(
+        defended_by, place="standard-defenses/small", model="wide_resnet", applicator="patch"
+    ),
+    "cifar10-dense-image": partial(
+        defended_by, place="standard-defenses/small", model="wide_resnet", applicator="image"
+    ),
+    "defended-vmoe": partial(defended_by, place="standard-vmoe/quick", model="vmoe", applicator="patch"),
+    "cifar10-vmoe-patch": partial(defended_by, place="standard-vmoe/small", model="vmoe", applicator="patch"),
+    "cifar10-vmoe-patch-ba": partial(
+        defended_by, place="standard-vmoe/small", model="vmoe", applicator="patch", metric="ba"
+    ),
+    "expert-forms": partial(defended_by, place="expert-forms/small", model="pmoe", applicator="patch"),
+    "expert-forms-ba": partial(
+        defended_by, place="expert-forms/small", model="pmoe", applicator="patch", metric="ba"
+    ),
     "knowing": knowing,
     "tiles-asr": partial(tiles, metric="asr"),
     "tiles-ba": partial(tiles, metric="ba"),
