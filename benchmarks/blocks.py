@@ -6,7 +6,8 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import compress
+from itertools import compress, groupby
+from operator import attrgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -154,6 +155,22 @@ def defended_by(root: Path, place: str, model: str, applicator: str, metric: str
     where = {"model.name": model, "applicator.name": applicator}
     layout = Layout("", ("defenses",), "trigger.name", (metric,), no_trigger=False, where=where)
     return whole_table(root, place, layout)
+
+
+def run_counts(root: Path, place: str) -> str:
+    """Draw how many defended runs of a suite are finished, for each model, applicator and seed."""
+    results = results_of(root, root / RESULTS / place)
+    counts: dict[tuple[str, str], list[str]] = {}
+    key = attrgetter("model.name", "applicator.name")
+    defended = [cell for cell in results.suite.cells if cell.spec.attacked and cell.spec.defenses]
+    cells = sorted(defended, key=lambda cell: key(cell.spec))
+    for (model, applicator), group in groupby(cells, lambda cell: key(cell.spec)):
+        seeds = zip(*(cell.runs(results.suite.repeats) for cell in group), strict=True)
+        finished = [[results.record(spec) is not None for spec in specs] for specs in seeds]
+        counts[model, applicator] = [f"{sum(each)} of {len(each)}" for each in finished]
+    head = ["model", "trigger", *(f"seed {seed}" for seed in range(results.suite.repeats))]
+    rows = [[model, NAMES[applicator], *texts] for (model, applicator), texts in counts.items()]
+    return small_table(head, rows)
 
 
 def tiles(root: Path, metric: str) -> str:
@@ -332,6 +349,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "expert-forms-ba": partial(
         defended_by, place="expert-forms/small", model="pmoe", applicator="patch", metric="ba"
     ),
+    "runs-small": partial(run_counts, place="standard-defenses/small"),
+    "runs-quick": partial(run_counts, place="standard-defenses/quick"),
+    "runs-vmoe-small": partial(run_counts, place="standard-vmoe/small"),
+    "runs-vmoe-quick": partial(run_counts, place="standard-vmoe/quick"),
     "knowing": knowing,
     "tiles-asr": partial(tiles, metric="asr"),
     "tiles-ba": partial(tiles, metric="ba"),
