@@ -337,6 +337,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cifar10-dense-patch": partial(
         defended_by, place="standard-defenses/small", model="wide_resnet", applicator="patch"
     ),
+    "cifar10-dense-image": partial(
+        defended_by, place="standard-defenses/small", model="wide_resnet", applicator="image"
+    ),
     "defended-vmoe": partial(defended_by, place="standard-vmoe/quick", model="vmoe", applicator="patch"),
     "cifar10-vmoe-patch": partial(defended_by, place="standard-vmoe/small", model="vmoe", applicator="patch"),
     "cifar10-vmoe-patch-ba": partial(
