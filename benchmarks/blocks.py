@@ -6,8 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import compress, groupby
-from operator import attrgetter
+from itertools import compress
 from pathlib import Path
 
 from rich.console import Console
@@ -160,17 +159,17 @@ def defended_by(root: Path, place: str, model: str, applicator: str, metric: str
 def run_counts(root: Path, place: str) -> str:
     """Draw how many defended runs of a suite are finished, for each model, applicator and seed."""
     results = results_of(root, root / RESULTS / place)
-    counts: dict[tuple[str, str], list[str]] = {}
-    key = attrgetter("model.name", "applicator.name")
-    defended = [cell for cell in results.suite.cells if cell.spec.attacked and cell.spec.defenses]
-    cells = sorted(defended, key=lambda cell: key(cell.spec))
-    for (model, applicator), group in groupby(cells, lambda cell: key(cell.spec)):
-        seeds = zip(*(cell.runs(results.suite.repeats) for cell in group), strict=True)
-        finished = [[results.record(spec) is not None for spec in specs] for specs in seeds]
-        counts[model, applicator] = [f"{sum(each)} of {len(each)}" for each in finished]
-    head = ["model", "trigger", *(f"seed {seed}" for seed in range(results.suite.repeats))]
-    rows = [[model, NAMES[applicator], *texts] for (model, applicator), texts in counts.items()]
-    return small_table(head, rows)
+    finished: dict[tuple[str, str], dict[int, list[bool]]] = {}
+    for spec in results.suite.runs():
+        if spec.applicator is not None and spec.defenses:
+            of_model = finished.setdefault((spec.model.name, spec.applicator.name), {})
+            of_model.setdefault(spec.seed, []).append(results.record(spec) is not None)
+    seeds = [*dict.fromkeys(spec.seed for spec in results.suite.runs())]
+    rows = [
+        [model, NAMES[applicator], *(f"{sum(done[seed])} of {len(done[seed])}" for seed in seeds)]
+        for (model, applicator), done in sorted(finished.items())
+    ]
+    return small_table(["model", "trigger", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def tiles(root: Path, metric: str) -> str:
