@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from backdoorbench_moe.engine.names import REGISTRIES
 from backdoorbench_moe.errors import ConfigError, DataError
 from backdoorbench_moe.moe.structure import takes_text
 from backdoorbench_moe.options import REQUIRED
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 RECIPE = "quick"
 # Length of the text for which the multiply-adds of a language model are counted.
@@ -69,21 +72,40 @@ def command(
     kind = check_kind(kind)
     asked = {"image_size": image_size, "num_classes": num_classes}
     sizes = {key: value for key, value in asked.items() if value is not None}
+    _check_flags(kind, recipe, data_root, settings)
+    REGISTRIES[kind].check_name(name)
+    text = kind == "model" and takes_text(REGISTRIES[kind].lookup(name))
+    if sizes and (kind != "model" or text):
+        key, value = next(iter(sizes.items()))
+        raise ConfigError.expected(f"--{key.replace('_', '-')}", "an image model to go with it", value)
+    image = {**IMAGE, **sizes}
+    info = _describe(kind, name)
+    if kind == "model":
+        info |= _sizes(name, recipe or RECIPE, image, chain_options(settings))
+    if kind == "dataset":
+        options = chain_options(settings) | ({} if data_root is None else {"root": data_root})
+        info["classes"] = _class_names(name, options)
+    if as_json:
+        echo(json.dumps(info, indent=2))
+    else:
+        side = image["image_size"]
+        _print(info, f"text of {TOKENS} tokens" if text else f"{side}x{side} image")
+
+
+def _check_flags(kind: str, recipe: str | None, data_root: str | None, settings: tuple[str, ...]) -> None:
+    """Check that each flag is given with a kind that it is for."""
     if settings and kind not in ("model", "dataset"):
         raise ConfigError.expected("--set", "an option of a model or data set, and only for one", settings[0])
     if data_root is not None and kind != "dataset":
         raise ConfigError.expected("--data-root", "a data set to go with it", data_root)
     if recipe is not None and kind != "model":
         raise ConfigError.expected("--recipe", "KIND model with it", recipe)
+
+
+def _describe(kind: str, name: str) -> dict[str, Any]:
+    """Return what holds for a part of any kind, and the default settings of a run with an attack."""
     registry = REGISTRIES[kind]
-    registry.check_name(name)
     part, candidate = registry.lookup(name), registry.candidate(name.partition(":")[0])
-    text = kind == "model" and takes_text(part)
-    for key, value in sizes.items():
-        if kind != "model" or text:
-            flag = f"--{key.replace('_', '-')}"
-            raise ConfigError.expected(flag, "an image model to go with it", value)
-    image = {**IMAGE, **sizes}
     info: dict[str, Any] = {
         "kind": kind,
         "name": name,
@@ -97,18 +119,9 @@ def command(
             for option in registry.options(name).values()
         },
     }
-    if kind == "model":
-        info |= _sizes(name, recipe or RECIPE, image, chain_options(settings))
-    if kind == "dataset":
-        options = chain_options(settings) | ({} if data_root is None else {"root": data_root})
-        info["classes"] = _class_names(name, options)
     if kind == "attack":
         info["implies"] = dict(getattr(part, "implies", {}))
-    if as_json:
-        echo(json.dumps(info, indent=2))
-    else:
-        side = image["image_size"]
-        _print(info, f"text of {TOKENS} tokens" if text else f"{side}x{side} image")
+    return info
 
 
 def _sizes(name: str, recipe: str, image: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +163,6 @@ def _class_names(name: str, options: dict[str, Any]) -> list[str] | None:
 def _print(info: dict[str, Any], example: str) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from backdoorbench_moe.cli.terminal.docstring_text import reflow
 
@@ -160,15 +172,8 @@ def _print(info: dict[str, Any], example: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
     recipe = info.get("recipe", {"options": {}})
     if info["options"]:
-        columns = ["option", "type", "default"]
-        columns += [f"recipe {recipe['name']}"] if recipe["options"] else []
-        table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name, option in info["options"].items():
-            cells = [name, option["type"], str(option["default"])]
-            cells += [str(recipe["options"].get(name, ""))] if recipe["options"] else []
-            table.add_row(*map(escape, cells))
         console.print()
-        console.print(table)
+        console.print(_option_table(info["options"], recipe))
     if implied := info.get("implies"):
         console.print("\nDefault settings of a run with this attack:")
         lines = (f"    {key}={_setting(value)}" for key, value in implied.items())
@@ -182,6 +187,21 @@ def _print(info: dict[str, Any], example: str) -> None:
         console.print(f"\n{_size_line(size, example)}")
         if recipe["options"]:
             console.print(f"with recipe {recipe['name']}: {_size_line(recipe['size'], example)}")
+
+
+def _option_table(options: dict[str, Any], recipe: dict[str, Any]) -> Table:
+    """Return a table of the options, with a column for the values of a recipe if it sets any."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = ["option", "type", "default"]
+    columns += [f"recipe {recipe['name']}"] if recipe["options"] else []
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, option in options.items():
+        cells = [name, option["type"], str(option["default"])]
+        cells += [str(recipe["options"].get(name, ""))] if recipe["options"] else []
+        table.add_row(*map(escape, cells))
+    return table
 
 
 def _setting(value: Any) -> str:
