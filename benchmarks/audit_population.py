@@ -15,7 +15,7 @@ tables for mixtures of merged experts (`calibration-merged.json`, `table-merged.
 
     python benchmarks/audit_population.py --scores benchmarks/results/audit/scores.csv --output DIR
 
-recalibrates on existing scores without auditing.
+recalibrates on existing scores without auditing. With folders as well, the audited models are added to these scores.
 
 Thresholds are computed from the clean models with even seeds, the published errors from the models with odd seeds. To
 use the thresholds, copy the calibrations to `backdoorbench_moe/auditing/`, or pass one to `bbmoe audit --calibration`.
@@ -47,6 +47,8 @@ from backdoorbench_moe.process.allocator import keep_freed_memory
 from backdoorbench_moe.records import write_atomically
 
 OUTPUT = Path(__file__).parent / "results" / "audit"
+# The columns of scores.csv before the scores.
+FACTS = ("run", "dataset", "model", "attack", "asr", "seed")
 
 
 def find_runs(folders: Sequence[Path]) -> Iterator[Run]:
@@ -81,7 +83,7 @@ def member_of(run: Run, scores: dict[str, float]) -> Member:
         names = [part.name for part in parts if part is not None and part.name != "data-poisoning"]
         attack, asr = " ".join(names), run.record.metrics.get("asr", {}).get("value")
     model = "merged" if kind_of(spec) is NodeKind.MIXTURE else spec.model.name
-    return Member(run.folder.path.name, model, attack, asr, spec.seed, scores)
+    return Member(run.folder.path.name, spec.dataset.name, model, attack, asr, spec.seed, scores)
 
 
 def base_of(run: Run) -> Run | None:
@@ -104,11 +106,11 @@ def audit(run: Run, folder: Path, names: Sequence[str] | None, device: str | Non
 def save_scores(members: Sequence[Member], file: Path) -> None:
     """Write one row per model, with a column for each check."""
     keys = sorted({key for member in members for key in member.scores})
-    rows = [["run", "model", "attack", "asr", "seed", *keys]]
+    rows = [[*FACTS, *keys]]
     for each in members:
         scores = [f"{each.scores[key]:.6g}" if key in each.scores else "" for key in keys]
         asr = "" if each.asr is None else f"{each.asr:.2f}"
-        rows.append([each.name, each.model, each.attack, asr, str(each.seed), *scores])
+        rows.append([each.name, each.dataset, each.model, each.attack, asr, str(each.seed), *scores])
 
     def put(path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as out:
@@ -121,15 +123,15 @@ def read_scores(file: Path) -> list[Member]:
     """Read a file written by `save_scores`."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
-    known = ("run", "model", "attack", "asr", "seed")
     return [
         Member(
             row["run"],
+            row["dataset"],
             row["model"],
             row["attack"],
             float(row["asr"]) if row["asr"] else None,
             int(row["seed"]),
-            {key: float(value) for key, value in row.items() if key not in known and value},
+            {key: float(value) for key, value in row.items() if key not in FACTS and value},
         )
         for row in rows
     ]
@@ -141,18 +143,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, help="folders of run folders")
-    parser.add_argument("--scores", type=Path, help="calibrate on this scores.csv instead of auditing")
+    parser.add_argument("--scores", type=Path, help="a scores.csv of models audited earlier")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--checks", help=f"names of checks, from {','.join(check.name for check in CHECKS)}")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    if bool(options.folders) == (options.scores is not None):
+    if not options.folders and options.scores is None:
         parser.error("expected folders of run folders, or --scores")
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.scores is not None:
-        return write_calibration(read_scores(options.scores), options.output)
+    earlier = [] if options.scores is None else read_scores(options.scores)
+    if not options.folders:
+        return write_calibration(earlier, options.output)
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -172,6 +175,8 @@ def main() -> int:
             code = 1
             continue
         print(f"{len(members)}: {name}, after {time.monotonic() - started:.0f} s", flush=True)
+    audited = {each.name for each in members}
+    members = [*(each for each in earlier if each.name not in audited), *members]
     save_scores(members, options.output / "scores.csv")
     return write_calibration(members, options.output) or code
 

@@ -23,6 +23,8 @@ from backdoorbench_moe.ops.metrics import Proportion, proportion
 
 # The intended false alarm rate.
 LEVEL = 0.05
+# An attacked model with a lower ASR, in percent, has no working backdoor that could be found.
+SMALLEST_ASR = 50.0
 RULE = (
     "thresholds from clean models of even seeds; a check judges if the 95% interval of its AUROC on the models of even "
     "seeds lies above 50%; errors measured on models of odd seeds"
@@ -36,6 +38,7 @@ class Member:
 
     Attributes:
         name: Name of its run folder.
+        dataset: Name of its data set, such as "cifar10".
         model: Name of the model, such as "pmoe".
         attack: The attack, such as "square patch"; "" for a clean model.
         asr: Success rate of the attack in percent; None for a clean model.
@@ -44,6 +47,7 @@ class Member:
     """
 
     name: str
+    dataset: str
     model: str
     attack: str
     asr: float | None
@@ -143,7 +147,7 @@ def calibrate(
     commit: str | None,
     date: str,
     level: float = LEVEL,
-    smallest_asr: float = 50.0,
+    smallest_asr: float = SMALLEST_ASR,
 ) -> dict[str, Any]:
     """Calibrate the checks on a population.
 
@@ -152,7 +156,7 @@ def calibrate(
         commit: The commit that the audits were run with.
         date: The date, as YYYY-MM-DD.
         level: The intended false alarm rate.
-        smallest_asr: Attacked models with a lower success rate are left out, since they have no working backdoor.
+        smallest_asr: Attacked models with a lower success rate are left out, see `working`.
 
     Returns:
         The document of a calibration, see `calibration.parse`. If no check distinguishes attacked models from clean
@@ -161,17 +165,11 @@ def calibrate(
     Raises:
         ValueError: There are too few clean models, or none to measure the false alarms on.
     """
-    weak = [each for each in members if each.attacked and (each.asr or 0) < smallest_asr]
-    used = [each for each in members if each not in weak]
+    used = working(members, smallest_asr)
     thresholds = set_thresholds(used, level)
     if not thresholds:
         raise ValueError(f"calibrate: expected {FEWEST_CLEAN} clean models of even seeds")
-    judging = any(known.judges for known in thresholds.values())
-    others = [
-        each
-        for each in used
-        if not each.calibrates and (not judging or strength(each, thresholds) is not None)
-    ]
+    others = _measurable([each for each in used if not each.calibrates], thresholds)
     if all(each.attacked for each in others):
         raise ValueError("calibrate: expected clean models of odd seeds, to measure false alarms on")
     return {
@@ -184,12 +182,40 @@ def calibrate(
         "population": {
             "calibrating": _count([each for each in used if each.calibrates]),
             "measuring": _count(others),
-            "weak": sorted(each.name for each in weak),
+            "weak": sorted(each.name for each in members if each not in used),
         },
+        **measure(others, thresholds),
+    }
+
+
+def working(members: Sequence[Member], smallest_asr: float = SMALLEST_ASR) -> list[Member]:
+    """Return the clean models and those with a working backdoor: an ASR of at least `smallest_asr` percent."""
+    return [each for each in members if not each.attacked or (each.asr or 0) >= smallest_asr]
+
+
+def measure(members: Sequence[Member], thresholds: Mapping[str, Threshold]) -> dict[str, Any]:
+    """Measure the errors of thresholds on a population.
+
+    Args:
+        members: The audited models. The errors are those on other models only if none of them set the thresholds.
+        thresholds: The thresholds by key of the check.
+
+    Returns:
+        `verdict`, the errors of the verdict, see `measure_errors`; `checks`, those of each check; and `groups`, the
+        number of models and of those with signs, by data set, model and attack.
+    """
+    others = _measurable(members, thresholds)
+    return {
         "verdict": _verdict(others, thresholds),
         "checks": {key: _check(key, known, others, thresholds) for key, known in thresholds.items()},
         "groups": _groups(others, thresholds),
     }
+
+
+def _measurable(members: Sequence[Member], thresholds: Mapping[str, Threshold]) -> list[Member]:
+    """Return the members with a score that judges; all members if no check judges."""
+    judging = any(known.judges for known in thresholds.values())
+    return [each for each in members if not judging or strength(each, thresholds) is not None]
 
 
 def _verdict(
@@ -223,13 +249,14 @@ def _check(
 
 
 def _groups(others: Sequence[Member], thresholds: Mapping[str, Threshold]) -> list[dict[str, Any]]:
-    """Return how many models have signs of a backdoor, by model and attack."""
-    groups: dict[tuple[str, str], list[bool]] = {}
+    """Return how many models have signs of a backdoor, by data set, model and attack."""
+    groups: dict[tuple[str, str, str], list[bool]] = {}
     for each in others:
-        groups.setdefault((each.model, each.attack), []).append((strength(each, thresholds) or 0) > 1)
+        kind = (each.dataset, each.model, each.attack)
+        groups.setdefault(kind, []).append((strength(each, thresholds) or 0) > 1)
     return [
-        {"model": model, "attack": attack, "models": len(signs), "signs": sum(signs)}
-        for (model, attack), signs in sorted(groups.items())
+        {"dataset": dataset, "model": model, "attack": attack, "models": len(signs), "signs": sum(signs)}
+        for (dataset, model, attack), signs in sorted(groups.items())
     ]
 
 
@@ -248,7 +275,12 @@ def to_text(document: Mapping[str, Any]) -> str:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Return the measured errors as Markdown tables."""
+    """Return the measured errors of a calibration, or of `measure`, as Markdown tables."""
+    return f"{check_table(document)}\n{group_table(document)}"
+
+
+def check_table(document: Mapping[str, Any]) -> str:
+    """Return the errors of each check and of the verdict as a Markdown table."""
     lines = [
         "| check | judges | threshold | AUROC | false alarms | detected | verdict's AUROC without it |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -258,23 +290,27 @@ def table(document: Mapping[str, Any]) -> str:
         key=lambda item: (not item[1]["judges"], -((item[1]["auroc"] or {}).get("value", 0))),
     )
     for name, row in rows:
-        cells = [_cell(row[key]) for key in ("auroc", "false_alarms", "detected")]
-        cells.append(_cell(row["verdict_without"]["auroc"]) if row["judges"] else "")
+        cells = [error_cell(row[key]) for key in ("auroc", "false_alarms", "detected")]
+        cells.append(error_cell(row["verdict_without"]["auroc"]) if row["judges"] else "")
         judges = "yes" if row["judges"] else "no"
         lines.append(
             f"| {name.partition('/')[0]} | {judges} | {row['threshold']:.3g} | {' | '.join(cells)} |"
         )
-    verdict = [_cell(document["verdict"][key]) for key in ("auroc", "false_alarms", "detected")]
-    lines += [
-        f"| **verdict** | | 1 | {' | '.join(verdict)} | |",
-        "",
-        "| model | attack | models | with signs |",
-    ]
-    lines.append("|---|---|---:|---:|")
-    for row in document["groups"]:
-        lines.append(f"| {row['model']} | {row['attack'] or 'none'} | {row['models']} | {row['signs']} |")
+    verdict = [error_cell(document["verdict"][key]) for key in ("auroc", "false_alarms", "detected")]
+    lines.append(f"| **verdict** | | 1 | {' | '.join(verdict)} | |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: Mapping[str, float] | None) -> str:
+def group_table(document: Mapping[str, Any]) -> str:
+    """Return the number of models with signs, by data set, model and attack, as a Markdown table."""
+    lines = ["| data set | model | attack | models | with signs |", "|---|---|---|---:|---:|"]
+    lines += [
+        f"| {row['dataset']} | {row['model']} | {row['attack'] or 'none'} | {row['models']} | {row['signs']} |"
+        for row in document["groups"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def error_cell(row: Mapping[str, float] | None) -> str:
+    """Format a rate with its interval, in percent; "–" if it was not measured."""
     return "–" if row is None else f"{row['value']:.0f} ({row['low']:.0f} to {row['high']:.0f})"

@@ -14,12 +14,14 @@ from backdoorbench_moe.auditing.checks import CHECKS
 from backdoorbench_moe.auditing.population import (
     Member,
     calibrate,
+    measure,
     measure_errors,
     scores_of,
     set_thresholds,
     strength,
     table,
     to_text,
+    working,
 )
 from backdoorbench_moe.auditing.verdict import NOT_TESTED, SIGNS
 
@@ -35,7 +37,9 @@ def population(count: int = 40, *, shift: float = 8.0) -> list[Member]:
             scores = {"good/1": draws.normal() + seen, "bad/1": draws.normal()}
             if seed < 4 and not attack:
                 scores["rare/1"] = 100.0
-            members.append(Member(f"{attack}-{seed}", "pmoe", attack, 99.0 if attack else None, seed, scores))
+            members.append(
+                Member(f"{attack}-{seed}", "signs", "pmoe", attack, 99.0 if attack else None, seed, scores)
+            )
     return members
 
 
@@ -49,7 +53,7 @@ def test_thresholds_come_from_clean_models_of_even_seeds() -> None:
     assert found["good/1"].judges and not found["bad/1"].judges
     # Models of odd seeds change nothing.
     changed = [
-        Member(m.name, m.model, m.attack, m.asr, m.seed, dict.fromkeys(m.scores, 1000000.0))
+        Member(m.name, m.dataset, m.model, m.attack, m.asr, m.seed, dict.fromkeys(m.scores, 1000000.0))
         if m.seed % 2
         else m
         for m in members
@@ -84,10 +88,29 @@ def test_the_verdict_keeps_its_level_on_normal_scores() -> None:
 
 def test_attacks_that_failed_are_left_out_and_named() -> None:
     members = population()
-    weak = Member("weak", "pmoe", "square image", 20.0, 1, {"good/1": -50.0})
+    weak = Member("weak", "signs", "pmoe", "square image", 20.0, 1, {"good/1": -50.0})
     document = calibrate([*members, weak], commit=None, date="2026-01-01")
     assert document["population"]["weak"] == ["weak"]
     assert document["checks"] == calibrate(members, commit=None, date="2026-01-01")["checks"]
+
+
+def test_thresholds_are_measured_on_another_data_set() -> None:
+    known = set_thresholds(population(), 0.05)
+    low, high = known["good/1"].value - 1, known["good/1"].value + 1
+    members = [
+        Member("a", "cifar10", "pmoe", "", None, 0, {"good/1": low}),
+        Member("b", "cifar10", "pmoe", "", None, 1, {"good/1": high}),
+        Member("c", "cifar10", "vmoe", "blend patch", 99.0, 0, {"good/1": high, "bad/1": 0.0}),
+        Member("d", "cifar10", "vmoe", "blend patch", 99.0, 1, {"bad/1": 1000.0}),  # "bad/1" does not judge.
+        Member("e", "cifar10", "vmoe", "blend patch", 40.0, 1, {"good/1": low}),  # The attack failed.
+    ]
+    found = measure(working(members), known)
+    assert found["verdict"]["false_alarms"]["value"] == 50 and found["verdict"]["false_alarms"]["n"] == 2
+    assert found["verdict"]["detected"]["value"] == 100 and found["verdict"]["detected"]["n"] == 1
+    assert [(each["dataset"], each["model"], each["signs"]) for each in found["groups"]] == [
+        ("cifar10", "pmoe", 1),
+        ("cifar10", "vmoe", 1),
+    ]
 
 
 def test_errors_by_hand() -> None:
@@ -103,12 +126,14 @@ def test_errors_by_hand() -> None:
 def test_the_strength_is_that_of_the_verdict() -> None:
     thresholds = set_thresholds(population(), 0.05)
     good = thresholds["good/1"]
-    member = Member("x", "pmoe", "", None, 1, {"good/1": good.value, "bad/1": thresholds["bad/1"].centre})
+    member = Member(
+        "x", "signs", "pmoe", "", None, 1, {"good/1": good.value, "bad/1": thresholds["bad/1"].centre}
+    )
     assert strength(member, thresholds) == pytest.approx(1.0)
     assert strength(member, thresholds, without="good/1") is None
-    loud = Member("x", "pmoe", "", None, 1, {"good/1": good.centre, "bad/1": 1000.0})
+    loud = Member("x", "signs", "pmoe", "", None, 1, {"good/1": good.centre, "bad/1": 1000.0})
     assert strength(loud, thresholds) == pytest.approx(0.0)  # "bad/1" does not judge.
-    assert strength(Member("x", "pmoe", "", None, 1, {}), thresholds) is None
+    assert strength(Member("x", "signs", "pmoe", "", None, 1, {}), thresholds) is None
 
 
 def test_too_small_populations_are_refused() -> None:
@@ -135,8 +160,8 @@ def test_without_a_check_that_tells_them_apart_nothing_judges() -> None:
 def test_the_table_has_every_check_and_the_verdict() -> None:
     text = table(calibrate(population(), commit=None, date="2026-01-01"))
     assert text.index("| good |") < text.index("| bad |") < text.index("| **verdict** |")
-    assert "| pmoe | none | 20 |" in text and "| pmoe | square image | 20 | 20 |" in text
-    assert all(line.count("|") in (5, 8) for line in text.splitlines() if line)
+    assert "| signs | pmoe | none | 20 |" in text and "| signs | pmoe | square image | 20 | 20 |" in text
+    assert all(line.count("|") in (6, 8) for line in text.splitlines() if line)
 
 
 def test_the_calibration_of_the_package_is_of_these_checks() -> None:
@@ -215,9 +240,18 @@ def test_the_script_audits_runs_and_goes_on(tmp_path, monkeypatch, capsys) -> No
     assert call("--budget", "-1") == 3 and not (out / "audits").exists()
     assert call() == 1 and "expected 5 clean models" in capsys.readouterr().err
     rows = (out / "scores.csv").read_text().splitlines()
-    assert len(rows) == 3 and rows[0] == "run,model,attack,asr,seed,expert-norms/1,gate-rows/1,head-rows/1"
+    assert (
+        len(rows) == 3
+        and rows[0] == "run,dataset,model,attack,asr,seed,expert-norms/1,gate-rows/1,head-rows/1"
+    )
     attacked = next(row for row in rows if row.startswith(runs[0].folder.path.name)).split(",")
-    assert attacked[1:3] == ["pmoe", "square image"]
+    assert attacked[1:4] == ["tiny", "pmoe", "square image"]
     before = {file: file.stat().st_mtime_ns for file in (out / "audits").rglob("checks/*.json")}
     assert call() == 1 and {file: file.stat().st_mtime_ns for file in before} == before and len(before) == 6
     assert (out / "scores.csv").read_text().splitlines() == rows
+    # Models audited earlier stay, and none is listed twice.
+    earlier = tmp_path / "earlier.csv"
+    earlier.write_text("\n".join([*rows, "of-long-ago,signs,pmoe,,,0,1.5,2.5,3.5", ""]), encoding="utf-8")
+    assert call("--scores", str(earlier)) == 1
+    assert len((out / "scores.csv").read_text().splitlines()) == 4
+    assert "of-long-ago,signs,pmoe,,,0,1.5,2.5,3.5" in (out / "scores.csv").read_text()

@@ -302,6 +302,8 @@ def test_metrics_side_by_side(tmp_path) -> None:
         ("poison.noise", 0.1, "10%"),
         ("poison.cover", None, "none"),
         ("trigger.ratio", 0.1, "0.1"),
+        ("poison", {"rate": 0.01, "source": [1, 2], "labels": "dirty"}, "rate=1%, source=1+2, labels=dirty"),
+        ("poison", {"source": []}, "source=none"),
     ],
 )
 def test_labels_of_shares_of_the_training_set_are_in_percent(key, value, text) -> None:

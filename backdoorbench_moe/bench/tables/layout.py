@@ -258,9 +258,13 @@ def _find_shape(results: ResultSet, cell: Cell | None, metric: str, model: str) 
 
 
 def label(key: str, value: Any) -> str:
-    """Format the value of a key as a label; rates in percent."""
+    """Format the value of a key as a label; rates in percent, and settings with several values as "rate=1%, ..."."""
     if value is None:
         return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={label(f'{key}.{name}', each)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value)) or "none"
     if key.removeprefix("poison.") in RATES:
         return f"{100 * value:g}%"
     if isinstance(value, bool):
