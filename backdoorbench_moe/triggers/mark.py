@@ -25,7 +25,7 @@ class LearnedMark(OptimisedTrigger):
     def __init__(self, name: str, *, size: int, surrogate: Surrogate, seed: int) -> None:
         super().__init__(surrogate=surrogate, seed=seed)
         check_at_least(name, 1, size=size)
-        self.size = size
+        self._name, self.size = name, size
 
     @property
     def pattern(self) -> Tensor:
@@ -56,8 +56,8 @@ class LearnedMark(OptimisedTrigger):
         channels, height, width = images.shape[1:]
         if channels != 3 or min(height, width) < self.size:
             raise ShapeError(
-                f"{type(self).__name__}: expected canvases of 3 channels and at least {self.size}x{self.size} pixels, "
-                f"got {channels} and {height}x{width}"
+                f"{self._name}: size: {self.size} needs canvases of 3 channels and at least {self.size}x{self.size} "
+                f"pixels, got {channels} and {height}x{width}"
             )
 
     def state_fault(self, state: Mapping[str, Tensor]) -> str | None:

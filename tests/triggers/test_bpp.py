@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
 from backdoorbench_moe.triggers import create_trigger
 from backdoorbench_moe.triggers.bpp import BPP
 
@@ -60,6 +62,15 @@ def test_noise_is_a_rounding_error_of_the_same_size_but_not_the_images_own(dithe
     own = trigger(images) - images
     assert (added - own).abs().mean() > 0.2 * step
     assert len(torch.unique(added.flatten(1), dim=0)) == 64
+
+
+def test_noise_adds_what_rounding_changes_in_a_picture() -> None:
+    """x + (q(z) - z): the picture z, from which the error is worked out here, plus the error is a level."""
+    images, places = torch.full((4, 3, 32, 32), 0.5), torch.arange(4)
+    added = BPP(levels=8, seed=3).noise(images, places) - images
+    colours = uniform_at(derive_seed(3, "bpp noise"), places, 3, 4, 4)
+    picture = F.interpolate(colours, (32, 32), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(added, (7 * picture).round() / 7 - picture, rtol=0, atol=1e-6)
 
 
 def test_noise_in_tiles_differs_from_tile_to_tile() -> None:

@@ -207,7 +207,9 @@ def test_a_model_without_a_head_is_refused_and_too_many_neurons() -> None:
 @pytest.mark.parametrize("name", ["trojan-nn", "routing"])
 def test_a_square_that_does_not_fit_is_refused_before_it_is_drawn(name: str) -> None:
     trigger = create_trigger(name, surrogate="twin", size=10**9)
-    with pytest.raises(ShapeError, match=r"at least 1000000000x1000000000 pixels, got 3 and 8x8"):
+    with pytest.raises(
+        ShapeError, match=rf"^{name}: size: .* at least 1000000000x1000000000 pixels, got 3 and 8x8"
+    ):
         trigger(grey())
 
 
