@@ -35,6 +35,7 @@ LEADERBOARD_PAGE = DOCS / "assets" / "leaderboard.html"
 # cores; scale small contains the runs on CIFAR-10.
 STANDARD = (
     "standard-attacks",
+    "attack-groups",
     "standard-defenses",
     "plugins/bbmoe-vmoe/suites/standard-vmoe.yaml",
     "false-alarms",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from backdoorbench_moe.cli.params import PATH
+from backdoorbench_moe.cli.terminal.streams import say
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import PartSpec, Values, chain_options
 
@@ -95,22 +96,25 @@ def command(
     # Also a list of which --skip leaves one.
     is_list = len(split_names(names)) > 1 or "all" in names
     if not (is_list or dry_run or form):
-        _defend_once(parent, PartSpec(defenses[0], options), as_json=as_json, **given)
+        _defend_once(parent, PartSpec(defenses[0], options), as_json=as_json, quiet=quiet, **given)
         return
     if not is_list:
         options = {defenses[0]: options}
     _defend_each(parent, defenses, options, dry_run=dry_run, form=form, as_json=as_json, quiet=quiet, **given)
 
 
-def _defend_once(parent: Run, defense: PartSpec, *, as_json: bool, **given: Any) -> None:
+def _defend_once(parent: Run, defense: PartSpec, *, as_json: bool, quiet: bool, **given: Any) -> None:
+    from backdoorbench_moe.bench.tables.tuning import PLAIN_TUNING, tuning_epochs
     from backdoorbench_moe.cli.tables.runs import print_defended, print_json
     from backdoorbench_moe.engine.runner import run_defense
 
     defended = run_defense(parent, defense, **given)
     if as_json:
         print_json([defended])
-    else:
-        print_defended(defended)
+        return
+    print_defended(defended)
+    if not quiet and not parent.record.is_text and defense.name != PLAIN_TUNING and tuning_epochs(defense):
+        say(f"to compare with {PLAIN_TUNING} on the same images: the same command with --format rich")
 
 
 def _defend_each(

@@ -35,6 +35,7 @@ def victim(tmp_path) -> Run:
 def test_it_prints_every_stage_and_makes_a_folder_beside_the_run(bbmoe, victim) -> None:
     code, out, err = bbmoe("defend", victim.folder.path, *PRUNING)
     assert code == 0 and "training fine-pruning: 1 epoch of 48 images" in err
+    assert "to compare with fine-tuning on the same images: the same command with --format rich" in err
     [folder] = victim.folder.path.parent.glob("*-fine-pruning-*")
     record = json.loads((folder / "record.json").read_text())
     assert f"run folder: {folder}" in out and "square by image, 25% poisoned, fine-pruning" in out
@@ -50,7 +51,7 @@ def test_it_prints_every_stage_and_makes_a_folder_beside_the_run(bbmoe, victim) 
     assert f"(CAD): {record['metrics']['cad']['value']:.2f}" in out
 
     code, out, err = bbmoe("defend", victim.folder.path, *PRUNING, "--json")
-    assert code == 0 and "found finished" in err and "training" not in err
+    assert code == 0 and "found finished" in err and "training" not in err and "to compare" not in err
     [shown] = json.loads(out)["runs"]
     assert shown.pop("folder") == str(folder) and shown == record
 
