@@ -95,6 +95,21 @@ def test_what_is_equal_is_said_once(bbmoe, tmp_path) -> None:
     assert "seed" in lines[1] and "AUROC %" in lines[1]
 
 
+@pytest.mark.parametrize("extra", [[], ["--markdown"]])
+def test_runs_that_differ_only_in_a_setting_without_a_column_show_their_folders(
+    bbmoe, tmp_path, extra
+) -> None:
+    for lr in (0.1, 0.2):
+        write(tmp_path, finished(build_spec({"train": {"lr": lr}}), ba=9000, asr=9000))
+    folders = {path.name for path in tmp_path.iterdir()}
+    code, out, _ = bbmoe("show", tmp_path, *extra, width=200)
+    assert code == 0 and folders <= set(out.split())
+    write(tmp_path / "seeds", finished(build_spec({"seed": 0}), ba=9000, asr=9000))
+    write(tmp_path / "seeds", finished(build_spec({"seed": 1}), ba=9000, asr=9000))
+    code, out, _ = bbmoe("show", tmp_path / "seeds", *extra, width=200)
+    assert code == 0 and "signs-" not in out
+
+
 def test_metrics_that_no_run_has_are_no_columns(bbmoe, tmp_path) -> None:
     for seed in range(2):
         write(tmp_path, finished(build_spec({"seed": seed})))
