@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from decimal import Decimal
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -69,13 +70,26 @@ def check_plain(value: object, where: str) -> None:
     Raises:
         ConfigError: The value cannot be written, or has more than `MOST_LEVELS` levels or `MOST_VALUES` values.
     """
+    expected = "strings, finite numbers, lists and mappings"
     try:
         _count_values(value, MOST_LEVELS, {})
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: expected {expected} ({error})") from error
+    try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{where}: expected strings, finite numbers, lists and mappings ({error})"
-        ) from error
+        got = _not_plain(value) or f"a value that JSON cannot hold ({error})"
+        raise ConfigError(f"{where}: expected {expected}, got {got}") from error
+
+
+def _not_plain(value: object) -> str | None:
+    """Describe the first value of lists and mappings that cannot be written; None if there is none."""
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        return next((found for item in items if (found := _not_plain(item)) is not None), None)
+    if isinstance(value, float) and not isfinite(value):
+        return repr(value)
+    return None if isinstance(value, PLAIN) else f"a value of type {type(value).__name__}"
 
 
 def _count_values(value: object, levels: int, known: dict[tuple[int, int], int]) -> int:

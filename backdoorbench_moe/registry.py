@@ -125,6 +125,8 @@ class Registry(Generic[T]):
             UnknownNameError: There is no part of this name; similar names are suggested.
             PluginError: The part cannot be imported, or does not implement the interface.
         """
+        if not isinstance(name, str):
+            raise ConfigError.expected(self.kind, "a name", name)
         family = name.partition(":")[0]
         if family in self._local:
             return self._local[family]

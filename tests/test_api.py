@@ -149,6 +149,7 @@ class Huge(torch.nn.Module):
         return "x" * 10000
 
 
+NETWORK = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
 NOT_RUNS = [torch.zeros(3), 3, None, {"run": 1}, [], object()]
 
 
@@ -170,6 +171,40 @@ def test_what_is_no_run_is_named_by_its_type(value) -> None:
 def test_a_defense_that_is_no_name_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="defense: expected a name"):
         bbmoe.defend(tmp_path, Huge)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bbmoe.attack(repeats=0), "repeats: expected at least 1, got 0"),
+        (lambda: bbmoe.attack(repeats=10**11), "repeats: expected at most 10000, got 100000000000"),
+        (lambda: bbmoe.attack(repeats="2"), "repeats: expected an integer, got '2'"),
+        (lambda: bbmoe.attack(settings=3), "settings: expected a list, got 3"),
+        (lambda: bbmoe.import_weights("x.pth", 3), "model: expected a name, or a mapping"),
+        (lambda: bbmoe.audit(NETWORK, budget="10m"), "budget: expected a number or none, got '10m'"),
+        (lambda: bbmoe.audit(NETWORK, checks=3), "checks: expected a list, got 3"),
+        (lambda: bbmoe.audit(NETWORK, checks="head"), "checks: unknown 'head'; did you mean 'head-rows'?"),
+        (lambda: bbmoe.audit(NETWORK, image_size="32"), "image_size: expected an integer or none, got '32'"),
+        (lambda: bbmoe.try_trigger(NETWORK, "warp", seed="1"), "seed: expected an integer or none, got '1'"),
+        (lambda: bbmoe.create_trigger(None), "trigger: expected a name, got None"),
+        (lambda: bbmoe.create_model(3), "model: expected a name, got 3"),
+        (
+            lambda: bbmoe.create_model("pmoe", image_size=(32, 32)),
+            "image_size: expected an integer, got (32, 32)",
+        ),
+        (lambda: bbmoe.create_model("pmoe", num_classes="10"), "num_classes: expected an integer, got '10'"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(call, message) -> None:
+    with pytest.raises(ConfigError) as error:
+        call()
+    assert str(error.value).startswith(message)
+
+
+def test_one_setting_and_one_check_need_no_list() -> None:
+    assert bbmoe.make_spec("train.lr=0.5").train.lr == 0.5
+    audit = bbmoe.audit(NETWORK, checks="head-rows")
+    assert [finding.check for finding in audit.findings if finding.score is not None] == ["head-rows"]
 
 
 def test_a_list_of_runs_says_how_to_unpack_it(monkeypatch) -> None:

@@ -115,9 +115,21 @@ def test_parts_of_a_spec_made_directly_take_them_too() -> None:
         PoisonSpec(rate="x")
 
 
-@pytest.mark.parametrize("value", [{1, 2}, float("nan"), [float("inf")], b"x"], ids=str)
-def test_an_option_that_json_cannot_hold_is_refused(value) -> None:
-    with pytest.raises(ConfigError, match=r"^square: size: expected strings, finite numbers, lists"):
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ({1, 2}, "a value of type set"),
+        (float("nan"), "nan"),
+        ([1, {"a": float("-inf")}], "-inf"),
+        (b"x", "a value of type bytes"),
+        ({(1, 2): 3}, "a value that JSON cannot hold"),
+    ],
+    ids=str,
+)
+def test_an_option_that_json_cannot_hold_is_refused(value, got) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^square: size: expected strings, finite numbers, lists and mappings, got {got}"
+    ):
         PartSpec("square", {"size": value})
 
 

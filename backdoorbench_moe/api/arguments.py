@@ -10,6 +10,7 @@ from typing import Any
 from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.options import convert
 from backdoorbench_moe.paths import expand
 
 # The name of a part, or a dict with its "name" and options.
@@ -49,6 +50,18 @@ def path_of(value: object, parameter: str, expected: str = "a path") -> Path:
 def path_or_none(value: object, parameter: str) -> Path | None:
     """Return a path, or None for None."""
     return None if value is None else path_of(value, parameter)
+
+
+def names_of(value: object, parameter: str) -> tuple[str, ...]:
+    """Return names as a tuple; a single name may be given without a list.
+
+    Raises:
+        ConfigError: The value is neither a string nor a list of strings.
+    """
+    names: tuple[str, ...] = convert(
+        (value,) if isinstance(value, str) else value, tuple[str, ...], parameter
+    )
+    return names
 
 
 def text_or_none(value: object, parameter: str) -> str | None:

@@ -10,6 +10,7 @@ from torch import nn
 from backdoorbench_moe.api.arguments import (
     Part,
     PathLike,
+    names_of,
     needed_images,
     opened_run,
     path_or_none,
@@ -23,6 +24,7 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.ranges import check_positive
+from backdoorbench_moe.options import convert
 from backdoorbench_moe.paths import expand
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def analyze(
         opened,
         against=other,
         images=None if images is None else [one if isinstance(one, int) else expand(one) for one in chosen],
-        carriers_images=carriers_images,
+        carriers_images=convert(carriers_images, int, "carriers_images"),
         data_root=text_or_none(data_root, "data_root"),
         device=None if device is None else str(device),
         observer=observer,
@@ -122,7 +124,7 @@ def audit(
     labels: Any = None,
     base: Run | PathLike | nn.Module | Mapping[str, Tensor] | None = None,
     tasks: Sequence[Images] | None = None,
-    checks: Sequence[str] | None = None,
+    checks: Sequence[str] | str | None = None,
     image_size: int | None = None,
     output: PathLike | None = None,
     data_root: PathLike | None = None,
@@ -140,7 +142,8 @@ def audit(
         labels: Classes of the images; by default the predicted classes.
         base: The base model that the experts were fine-tuned from: a run, its folder, a module or a state dict.
         tasks: Images of each task of a mixture.
-        checks: Names of checks to run; all by default. Results of other checks from earlier calls are also reported.
+        checks: Names of checks to run, or one name; all by default. Results of other checks from earlier calls are
+            also reported.
         image_size: Height and width in pixels to which images of a folder are resized; for a module without images,
             the input size with which its channels are measured.
         output: Folder for audit.json, report.html and the results of each check. A folder with the audit of another
@@ -162,8 +165,10 @@ def audit(
     from backdoorbench_moe.auditing.save import FILES
     from backdoorbench_moe.paths import check_output
 
-    chosen, folder = find_checks(checks), path_or_none(output, "output")
+    chosen = find_checks(None if checks is None else names_of(checks, "checks"))
+    folder, budget = path_or_none(output, "output"), convert(budget, float | None, "budget")
     check_positive(budget=budget)
+    image_size = convert(image_size, int | None, "image_size")
     if folder is not None:
         check_output(folder, "output", FILES)
     given = {"images": images, "labels": labels, "base": base, "tasks": tasks, "device": device}
@@ -218,7 +223,7 @@ def try_trigger(
     """
     from backdoorbench_moe.engine.opening.tried_trigger import try_trigger as measure
 
-    spec = make_spec(trigger=trigger, applicator=applicator)
+    spec, seed = make_spec(trigger=trigger, applicator=applicator), convert(seed, int | None, "seed")
     assert spec.trigger is not None and spec.applicator is not None
     if isinstance(model, nn.Module):
         opened = open_model(model, images=needed_images(images), labels=labels, device=device)

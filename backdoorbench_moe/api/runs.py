@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from backdoorbench_moe.api.arguments import (
     Part,
     PathLike,
+    names_of,
     needed_images,
     opened_run,
     path_of,
@@ -25,6 +26,8 @@ from backdoorbench_moe.engine.progress.observer import Observer
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.torch_state import default_torch_state
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_repeats
+from backdoorbench_moe.options import convert
 
 
 def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
@@ -39,7 +42,7 @@ def make_spec(settings: Sequence[str] = (), **values: Any) -> RunSpec:
         UnknownNameError: A key or name does not exist; similar ones are suggested.
         ConfigError: A value has the wrong type or is out of range.
     """
-    return build_spec(values, chain_settings(settings))
+    return build_spec(values, chain_settings(names_of(settings, "settings")))
 
 
 @default_torch_state()
@@ -93,6 +96,8 @@ def attack(
         **{key: part for key, part in (("trigger", trigger), ("applicator", applicator)) if part is not None},
         **values,
     )
+    repeats = convert(repeats, int, "repeats")
+    check_repeats("repeats", repeats)
     return runner.run_attack(
         spec, output=path_of(output, "output"), repeats=repeats, twin=twin, observer=observer
     )
@@ -141,6 +146,8 @@ def import_weights(
         BbmoeError: Any error that the user can correct; nothing is written.
     """
     given = {"weights_key": weights_key, "mean": mean, "std": std, "resize": resize}
+    if not isinstance(model, str | Mapping):
+        raise ConfigError.expected("model", "a name, or a mapping with the key 'name'", model)
     part = {"name": model} if isinstance(model, str) else dict(model)
     part |= {"weights": str(path_of(weights, "weights"))}
     part |= {name: value for name, value in given.items() if value is not None}
@@ -204,7 +211,7 @@ def defend(
     if isinstance(run, nn.Module):
         opened = open_model(run, images=needed_images(images), labels=labels, device=device)
         train, part = make_spec(recipe=recipe).train, PartSpec(defense, options)
-        return defend_module(opened, part, train, seed=seed, observer=observer)
+        return defend_module(opened, part, train, seed=convert(seed, int, "seed"), observer=observer)
     if images is not None or labels is not None:
         raise ConfigError("images, labels: expected none, as a run has its own")
     return runner.run_defense(

@@ -12,6 +12,7 @@ from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
 from backdoorbench_moe.config import RunSpec, Values, build_spec, chain_settings, load_yaml, merge
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.ranges import check_repeats
 
 # Parameter of the command -> the spec key that it sets.
 FLAGS = {
@@ -206,8 +207,7 @@ def command(
     """
     usage = CoreUsage.now()
     spec = spec_from_flags(config, settings, flags)
-    if repeats < 1:
-        raise ConfigError.expected("--repeats", "at least 1", repeats)
+    check_repeats("--repeats", repeats)
     from backdoorbench_moe.engine.names import check_names
 
     check_names(spec)

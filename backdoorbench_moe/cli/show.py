@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoorbench_moe.cli.params import PATH
-from backdoorbench_moe.cli.terminal.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo, say
+from backdoorbench_moe.errors import RecordError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,8 +46,7 @@ def command(
     from backdoorbench_moe.cli.tables.show import sort_runs, split_keys
 
     keys, order = split_keys(columns, "--columns"), split_keys(sort, "--sort")
-    shown = [read_shown(folder) for run in runs for folder in _folders(run)]
-    shown = sort_runs(shown, order or [])
+    shown = sort_runs([each for run in runs for each in _read_runs(run)], order or [])
     if as_json:
         documents = [{**run.record.to_dict(), "status": run.status} for run in shown]
         echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
@@ -84,6 +84,25 @@ def _folders(path: Path) -> list[Path]:
     if RunFolder(path).exists or not path.is_dir():
         return [path]
     return [inner for inner in sorted(path.iterdir()) if RunFolder(inner).exists] or [path]
+
+
+def _read_runs(path: Path) -> list[ShownRun]:
+    """Read a run, or the runs in a folder. Of these, damaged ones are named on stderr, and the others are returned.
+
+    Raises:
+        RecordError: No run can be read.
+    """
+    shown, errors = [], []
+    for inner in _folders(path):
+        try:
+            shown.append(read_shown(inner))
+        except RecordError as error:
+            errors.append(error)
+    if errors and not shown:
+        raise errors[0]
+    for error in errors:
+        say(f"left out: {error}")
+    return shown
 
 
 def read_shown(path: Path) -> ShownRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backdoorbench_moe.models.common import ModelRegistry
+from backdoorbench_moe.options import convert
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,8 @@ def create_model(name: str, *, num_classes: int = 10, image_size: int = 32, **op
         ConfigError: An option is of the wrong type or out of range.
         PluginError: The model belongs to a third-party package and cannot be used.
     """
-    return registry.create(name, options, {"num_classes": num_classes, "image_size": image_size})
+    given = {"num_classes": num_classes, "image_size": image_size}
+    return registry.create(name, options, {key: convert(value, int, key) for key, value in given.items()})
 
 
 def list_models() -> list[str]:

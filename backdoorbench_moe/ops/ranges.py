@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from backdoorbench_moe.errors import ConfigError
 
+# Far more runs than anyone trains; lists of more would fill the memory before the first run starts.
+MOST_REPEATS = 10_000
+
 
 def check_integer(name: str, number: int | None, at_least: int = 0, at_most: int | None = None) -> None:
     """Raise ConfigError if a number, such as a number of epochs, is too small or too large; None is allowed."""
@@ -13,6 +16,14 @@ def check_integer(name: str, number: int | None, at_least: int = 0, at_most: int
         raise ConfigError.expected(name, f"an integer from {at_least} to {at_most}", number)
     if number < at_least:
         raise ConfigError.expected(name, f"an integer of at least {at_least}", number)
+
+
+def check_repeats(name: str, repeats: int) -> None:
+    """Raise ConfigError if a number of seeds is not from 1 to `MOST_REPEATS`."""
+    if repeats < 1:
+        raise ConfigError.expected(name, "at least 1", repeats)
+    if repeats > MOST_REPEATS:
+        raise ConfigError.expected(name, f"at most {MOST_REPEATS}", repeats)
 
 
 def check_interval(name: str, number: float, interval: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# PyTorch ends the process, without an error, if the system cannot start so many threads.
+MOST_THREADS = 1024
+
 
 def usable_cores() -> set[int]:
     """Return the numbers of the cores that this process may run on; never empty.

@@ -99,6 +99,7 @@ def test_a_surrogate_has_the_options_of_the_scale_as_a_victim_has(tmp_path) -> N
         ({"grids": {}}, "suite tiny: key: unknown 'grids'; did you mean 'grid'"),
         ({"version": 0}, "suite tiny: version: expected an integer of at least 1, got 0"),
         ({"repeats": True}, "suite tiny: repeats: expected an integer of at least 1, got True"),
+        ({"repeats": 10**11}, "suite tiny: repeats: expected at most 10000"),
         ({"grid": {}}, "suite tiny: grid: expected at least one key"),
         ({"grid": {"poison.rate": []}}, "suite tiny: grid: poison.rate: expected at least one value"),
         (

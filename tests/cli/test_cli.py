@@ -123,6 +123,7 @@ BAD = {
     "set": (["--set", "train.epochs"], "--set: expected dotted.key=value"),
     "config": (["--config", "none.yaml"], "config file none.yaml: No such file"),
     "repeats": (["--repeats", "0"], "--repeats: expected at least 1"),
+    "too many repeats": (["--repeats", "99999999999"], "--repeats: expected at most 10000"),
     "missing data": (["--dataset", "cifar10", "--data-root", "/nowhere"], "/nowhere"),
     "no such flag": (["--trigggr", "warp"], "--trigger"),
     "no number": (["--epochs", "many"], "epochs"),

@@ -95,6 +95,21 @@ def test_what_is_equal_is_said_once(bbmoe, tmp_path) -> None:
     assert "seed" in lines[1] and "AUROC %" in lines[1]
 
 
+@pytest.mark.parametrize("extra", [[], ["--markdown"]])
+def test_runs_that_differ_only_in_a_setting_without_a_column_show_their_folders(
+    bbmoe, tmp_path, extra
+) -> None:
+    for lr in (0.1, 0.2):
+        write(tmp_path, finished(build_spec({"train": {"lr": lr}}), ba=9000, asr=9000))
+    folders = {path.name for path in tmp_path.iterdir()}
+    code, out, _ = bbmoe("show", tmp_path, *extra, width=200)
+    assert code == 0 and folders <= set(out.split())
+    write(tmp_path / "seeds", finished(build_spec({"seed": 0}), ba=9000, asr=9000))
+    write(tmp_path / "seeds", finished(build_spec({"seed": 1}), ba=9000, asr=9000))
+    code, out, _ = bbmoe("show", tmp_path / "seeds", *extra, width=200)
+    assert code == 0 and "signs-" not in out
+
+
 def test_metrics_that_no_run_has_are_no_columns(bbmoe, tmp_path) -> None:
     for seed in range(2):
         write(tmp_path, finished(build_spec({"seed": seed})))
@@ -154,6 +169,20 @@ def test_unknown_columns_are_refused(bbmoe, tmp_path, args, message) -> None:
     many(tmp_path)
     code, out, err = bbmoe("show", tmp_path, *args)
     assert (code, out) == (2, "") and message in err
+
+
+def test_a_damaged_run_of_a_folder_is_named_and_the_others_are_shown(bbmoe, tmp_path) -> None:
+    specs = [build_spec({"seed": seed}) for seed in range(2)]
+    for spec in specs:
+        write(tmp_path, finished(spec, asr=5000))
+    folders = [tmp_path / spec.name for spec in specs]
+    (folders[0] / "record.json").write_text("{", encoding="utf-8")
+    code, out, err = bbmoe("show", tmp_path, "--json")
+    assert code == 0 and json.loads(out)["spec"]["seed"] == 1
+    assert err.startswith("left out: ") and str(folders[0]) in err and err.count("\n") == 1
+    # A run that is named itself must be readable.
+    code, out, err = bbmoe("show", folders[1], folders[0])
+    assert (code, out) == (2, "") and str(folders[0]) in err
 
 
 def test_a_folder_without_runs_is_refused(bbmoe, tmp_path) -> None:

@@ -158,11 +158,22 @@ def test_an_engine_gives_its_runs_so_many() -> None:
     assert make_engine("local", workers=2, device="cpu", threads=3).threads_each == 3
     shared = len(os.sched_getaffinity(0))
     assert make_engine("local", workers=1, device="cpu").threads_each == shared
-    with pytest.raises(ConfigError, match="--threads: expected at least 1"):
-        make_engine("local", threads=0)
+    for wrong in (0, 99999999):
+        with pytest.raises(ConfigError, match=f"--threads: expected an integer from 1 to 1024, got {wrong}"):
+            make_engine("local", threads=wrong)
     pytest.importorskip("ray")
     assert make_engine("ray", threads=3).cpus_per_run == 3
     assert make_engine("ray").cpus_per_run == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["attack", "--dry-run"], ["bench", "run", "smoke", "--dry-run"], ["bench", "queue", "none.yaml"]],
+    ids=" ".join,
+)
+def test_so_many_threads_that_pytorch_would_end_the_process_are_refused(bbmoe, words) -> None:
+    code, _, said = bbmoe(*words, "--threads", 99999999)
+    assert code == 2 and "'--threads': 99999999 is not in the range 1<=x<=1024" in said
 
 
 @pytest.mark.slow

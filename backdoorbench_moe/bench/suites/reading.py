@@ -23,6 +23,7 @@ from backdoorbench_moe.config.shorthand import read_rate
 from backdoorbench_moe.engine.files import pin_files
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.metrics import metric
+from backdoorbench_moe.ops.ranges import check_repeats
 from backdoorbench_moe.options import convert
 
 
@@ -86,6 +87,7 @@ def parse_suite(values: Values, name: str, scale: str | None = None, *, folder: 
         if key not in values:
             raise ConfigError.expected(f"{where}: {key}", "it to be given", None)
     version, repeats = (_count(values.get(key, 1), f"{where}: {key}") for key in ("version", "repeats"))
+    check_repeats(f"{where}: repeats", repeats)
     scale, scaled = _load_scale(values.get("scales"), scale, where, folder)
     base = _mapping(values.get("base", {}), f"{where}: base")
     cells = tuple(_lay_out(values["grid"], base, scaled, where))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from backdoorbench_moe.config import PARTS, SURROGATE, MixtureSpec, PoisonSpec, RunSpec, TrainSpec
 from backdoorbench_moe.engine.graph import in_order
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
+from backdoorbench_moe.ops.ranges import check_repeats
 from backdoorbench_moe.options import REQUIRED
 from backdoorbench_moe.registry import registry_of
 
@@ -167,10 +168,9 @@ class Suite:
         """Return the suite with another number of seeds per cell.
 
         Raises:
-            ConfigError: `repeats` is below 1.
+            ConfigError: `repeats` is below 1, or too large.
         """
-        if repeats < 1:
-            raise ConfigError.expected("repeats", "at least 1", repeats)
+        check_repeats("repeats", repeats)
         return replace(self, repeats=repeats)
 
     def only(self, filters: Sequence[str]) -> Suite:

@@ -12,6 +12,7 @@ import click
 from backdoorbench_moe.cli.bench.run import FAILED, UNFINISHED
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, warn_of_busy_cores
+from backdoorbench_moe.process.cores import MOST_THREADS
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.running.queue import Entry, Progress
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_THREADS),
     metavar="N",
     help="CPU threads per run.  [its share of the cores]",
 )

@@ -12,6 +12,7 @@ import click
 from backdoorbench_moe.cli.bench.options import WITH
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, warn_of_busy_cores
+from backdoorbench_moe.process.cores import MOST_THREADS
 
 if TYPE_CHECKING:
     from backdoorbench_moe.bench.running.engines import Engine
@@ -49,7 +50,7 @@ FAILED, UNFINISHED = 1, 3
 @click.option("--gpus-per-run", type=float, metavar="SHARE", help="Share of a GPU per run, with Ray.")
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_THREADS),
     metavar="N",
     help="CPU threads per run.  [its share of the cores]",
 )

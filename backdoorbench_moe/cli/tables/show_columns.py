@@ -63,7 +63,7 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
         keys: Names of settings such as "seed"; metrics such as "asr", "task/2.ba", "pruned.asr" (after a stage of a
             defense) or "seconds"; or dotted keys of the spec or the record such as "train.lr" or
             "timing.total_seconds". None for all settings, and for the metrics that the runs' records hold, except those
-            of single tasks of mixtures.
+            of single tasks of mixtures; then the names of the folders are included if two runs have the same values.
         runs: The runs to be shown.
         intervals: Whether to print metrics with their 95% interval.
 
@@ -80,6 +80,9 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
     measured -= _task_metrics(runs)
     hidden = {name for name in HIDDEN if all(settings[name].value(run) is None for run in runs)} | {"run"}
     shown = [column for key, column in settings.items() if key not in hidden]
+    if len({tuple(column.text(run) for column in shown) for run in runs}) < len(runs):
+        # Some runs differ only in a setting without a column, such as train.lr.
+        shown.insert(0, settings["run"])
     return shown + [_metric(one, intervals=intervals) for one in sort_metrics(measured)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from backdoorbench_moe.errors import BbmoeWarning
-from backdoorbench_moe.process.cores import usable_cores
+from backdoorbench_moe.process.cores import MOST_THREADS, usable_cores
 
 # The system counts in hundredths of a second, so a shorter measurement is inaccurate.
 SHORTEST_SECONDS = 0.3
@@ -23,7 +23,7 @@ def threads_option(function: Any) -> Any:
     """Add `--threads` to a command."""
     return click.option(
         "--threads",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, MOST_THREADS),
         metavar="N",
         help="CPU threads; their number affects the last digits of results.  [PyTorch's: one per core]",
     )(function)

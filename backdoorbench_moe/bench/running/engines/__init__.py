@@ -7,6 +7,8 @@ from typing import Protocol
 
 from backdoorbench_moe.bench.running.worker import Job, Outcome
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.ops.ranges import check_integer
+from backdoorbench_moe.process.cores import MOST_THREADS
 
 ENGINES = ("local", "ray")
 
@@ -46,6 +48,7 @@ def make_engine(
         UnknownNameError: The engine does not exist.
         ConfigError: An option belongs to another engine, or a requirement of the engine is missing.
     """
+    check_integer("--threads", threads, 1, MOST_THREADS)
     if name == "local":
         from backdoorbench_moe.bench.running.engines.local import LocalEngine, visible_gpus
 
