@@ -10,17 +10,16 @@ from itertools import compress
 from pathlib import Path
 
 from rich.console import Console
-from small_tables import NAMES, RESULTS, crossed, results_of, small_table, whole_table, whole_text
+from small_tables import NAMES, RESULTS, crossed, markdown, results_of, small_table, whole_table, whole_text
 
 from backdoorbench_moe.auditing.calibration import packaged
 from backdoorbench_moe.auditing.population import table
 from backdoorbench_moe.bench.pages.claims import claims_tables, judge_all, read_claims
 from backdoorbench_moe.bench.suites.paper import PaperTable
 from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, value_of
-from backdoorbench_moe.bench.tables.layout import build_sheet, label
-from backdoorbench_moe.bench.tables.render import table_lines
+from backdoorbench_moe.bench.tables.layout import Place, build_sheet, label
 from backdoorbench_moe.bench.tables.statistic import Statistic
-from backdoorbench_moe.bench.tables.wording import number
+from backdoorbench_moe.bench.tables.wording import key_name, number
 from backdoorbench_moe.cli.show import read_shown
 from backdoorbench_moe.cli.tables.runs import metrics_table
 from backdoorbench_moe.cli.tables.show import markdown_table
@@ -33,13 +32,24 @@ FOLLOWED = 20.0
 
 
 def table1(root: Path) -> str:
-    """Draw the ASR of Table 1, without rows that have no finished run."""
+    """Draw the ASR of Table 1, with the paper's in columns of its own, without rows that have no finished run."""
     folder = root / RESULTS / "badpatches-table1" / "small"
     sheet = build_sheet(results_of(root, folder))
     [table] = [table for table in sheet.tables if table.metric == "asr"]
-    names, rule, *rows = table_lines(table)
-    found = [any(place.statistic for place in places) for places in table.places]
-    return "".join(f"{line}\n" for line in (names, rule, *compress(rows, found)))
+    names = [*map(key_name, table.row_keys)]
+    for column in table.columns:
+        names += [column, "paper"]
+    rows = []
+    for labels, places in zip(table.rows, table.places, strict=True):
+        if any(place.statistic for place in places):
+            pairs = [(whole_text(place.statistic, 1), paper_text(place)) for place in places]
+            rows.append([*labels, *(text for pair in pairs for text in pair)])
+    return small_table(names, rows)
+
+
+def paper_text(place: Place) -> str:
+    """Format the published value of a place of a table."""
+    return "–" if place.paper is None else number(place.paper)
 
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
@@ -255,7 +265,9 @@ def default_gate(root: Path, scale: str, metrics: tuple[str, ...]) -> str:
     results = results_of(root, folder)
     measured = replace(results, suite=replace(results.suite, tables=(layout,)), paper=PaperTable())
     [table] = build_sheet(measured).tables
-    return "".join(f"{line}\n" for line in table_lines(table))
+    rows = zip(table.rows, table.places, strict=True)
+    lines = [[*labels, *(whole_text(place.statistic, 1) for place in places)] for labels, places in rows]
+    return markdown([["attack", *table.columns], ["---", *["--:"] * len(metrics)], *lines])
 
 
 def first_look(root: Path) -> str:

@@ -91,12 +91,15 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def whole_text(found: Statistic | None) -> str:
-    """Format a mean and its standard deviation as integers, with a mark if the model of any seed is near chance."""
+def whole_text(found: Statistic | None, digits: int = 0) -> str:
+    """Format a mean and its standard deviation, as integers by default.
+
+    A mark follows if the model of any seed is near chance.
+    """
     if found is None:
         return "–"
-    spread = "" if found.std is None else f" ± {number(found.std, 0)}"
-    return f"{number(found.mean, 0)}{spread}{MARK if found.near_chance else ''}"
+    spread = "" if found.std is None else f" ± {number(found.std, digits)}"
+    return f"{number(found.mean, digits)}{spread}{MARK if found.near_chance else ''}"
 
 
 def crossed(root: Path, place: str, head: str, row: Callable[[Cell], str], metric: str) -> str:

@@ -225,6 +225,19 @@ def test_the_commands_take_the_flags_they_are_shown_with(page, line) -> None:
     parse(line)
 
 
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_tables_that_a_page_links_to_have_the_command_that_draws_them_from_the_records(page) -> None:
+    linked = set(
+        re.findall(r"benchmarks/(results/[\w/-]+)/table\.md", PAGES[page].read_text(encoding="utf-8"))
+    )
+    drawn = {
+        line.rpartition("--from benchmarks/")[2].split()[0]
+        for where, line in commands()
+        if where == page and line.startswith("bbmoe bench table ") and "--from benchmarks/" in line
+    }
+    assert linked <= drawn
+
+
 @pytest.mark.slow
 # Pages of benchmarks open runs of their suites, which take long.
 @pytest.mark.parametrize(

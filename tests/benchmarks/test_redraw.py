@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -101,7 +102,15 @@ def test_a_row_of_table_1_is_shown_if_any_of_its_cells_was_run(script, copy) -> 
     )
     without = script.BLOCKS["table1"](copy)
     assert len(without.splitlines()) == len(drawn.splitlines()) == 2 + 6
-    assert without.count("missing<br>paper") == 3 and "| image | 0.5% | 19.1 ± 12.9" in without
+    assert without.count("| – |") == 3 and "| image | 0.5% | 19.1 ± 12.9 | 90.7 | – | 99.6 |" in without
+
+
+@pytest.mark.parametrize("name", ["table1", "moevil", "texts"])
+def test_a_cell_of_these_tables_has_a_mean_and_its_deviation_only(script, name) -> None:
+    _, rule, *rows = script.BLOCKS[name](ROOT).splitlines()
+    labels = rule.count(" ---")
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")[labels:]]
+    assert cells and all(re.fullmatch(r"–|\d+\.\d( ± \d+\.\d)?", cell) for cell in cells)
 
 
 def test_small_tables_mark_models_near_chance(script) -> None:
