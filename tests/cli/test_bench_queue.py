@@ -40,7 +40,8 @@ def test_a_dry_run_says_what_each_entry_still_takes(bbmoe, tmp_path, monkeypatch
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**SIGNS, "repeats": 2}))
     parts = [{"suite": "toy.yaml", "only": ["poison.rate=10%"]}, {"suite": "toy.yaml"}]
     (tmp_path / "queue.yaml").write_text(yaml.safe_dump({"queue": parts}))
-    code, out, _ = bbmoe("bench", "queue", "queue.yaml", "--results", "results", "--dry-run", width=120)
+    code, out, err = bbmoe("bench", "queue", "queue.yaml", "--results", "results", "--dry-run", width=120)
+    assert "timing a few batches of 1 kind of runs" in err
     assert code == 0 and not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
     entries = [line.split() for line in out.splitlines() if line.startswith("toy, ")]
     # Two runs and their twins; the second entry has only two more runs, as it shares the others with the first.

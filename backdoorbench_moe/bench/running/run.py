@@ -138,13 +138,21 @@ def check(
         on_check(done, len(one_each))
 
 
-def estimate(runs: Sequence[Planned]) -> Iterator[tuple[Planned, float | None]]:
+def estimate(
+    runs: Sequence[Planned], on_start: Callable[[int], object] = lambda kinds: None
+) -> Iterator[tuple[Planned, float | None]]:
     """Yield every run with its remaining seconds, estimated from a short measurement of each kind of run.
 
     The seconds are None if unknown; see `seconds_left`.
+
+    Args:
+        runs: The runs.
+        on_start: Called before the measurements with their number.
     """
     seconds: dict[str, float | None] = {}
-    for _, group in kinds([run for run in runs if run.status != "finished"]):
+    groups = list(kinds([run for run in runs if run.status != "finished"]))
+    on_start(len(groups))
+    for _, group in groups:
         images = Workplace(group[0].spec).data
         speed = measure_speed(group[0].spec, images)
         model = build_model(group[0].spec, images.model_options)

@@ -87,7 +87,7 @@ def command(
     seconds = None if budget is None else parse_budget(budget)
     entries = read_queue(file)
     if dry_run:
-        _print_plan(entries, output, results, data_root, device, usage)
+        _print_plan(entries, output, results, data_root, device, usage, quiet=quiet)
         return
     engine = make_engine(workers=workers, device=device, threads=threads)
     if isinstance(engine, LocalEngine) and not engine.gpus and threads is None:
@@ -126,7 +126,14 @@ def _conclude(done: list[Progress]) -> None:
 
 
 def _print_plan(
-    entries: list[Entry], output: Path, results: Path, root: str | None, device: str | None, usage: CoreUsage
+    entries: list[Entry],
+    output: Path,
+    results: Path,
+    root: str | None,
+    device: str | None,
+    usage: CoreUsage,
+    *,
+    quiet: bool,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -135,7 +142,7 @@ def _print_plan(
     from backdoorbench_moe.bench.running.queue import check_folders, read_results
     from backdoorbench_moe.bench.running.run import check, estimate
     from backdoorbench_moe.bench.suites.suite import order
-    from backdoorbench_moe.cli.tables.plan import time_left, total_line
+    from backdoorbench_moe.cli.tables.plan import say_timing, time_left, total_line
 
     known, plans, checked = read_results(results), {}, set[str]()
     check_folders(entries, results)
@@ -148,7 +155,8 @@ def _print_plan(
         plans[entry.label] = runs
     # A run that several entries share counts in the first. Each kind of run is timed once for all entries.
     union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}
-    seconds = {run.spec.digest: left for run, left in estimate(list(union.values()))}
+    estimates = estimate(list(union.values()), on_start=(lambda kinds: None) if quiet else say_timing)
+    seconds = {run.spec.digest: left for run, left in estimates}
     table, seen = Table("entry", "runs", "finished", "time left", box=None, pad_edge=False), set[str]()
     for label, runs in plans.items():
         own = [(run, seconds[run.spec.digest]) for run in runs if run.spec.digest not in seen]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from backdoorbench_moe.cli.terminal.streams import echo
+from backdoorbench_moe.cli.terminal.streams import echo, say
 from backdoorbench_moe.durations import say_time
 from backdoorbench_moe.wording.counting import count
 
@@ -22,6 +22,12 @@ Estimates = Sequence[tuple["Planned", float | None]]
 UNKNOWN = "not known"
 # Cores used by other programs from which on an estimate says so.
 BUSY = 0.5
+
+
+def say_timing(kinds: int) -> None:
+    """Announce the measurements of an estimate, which take minutes for a long queue."""
+    if kinds:
+        say(f"timing a few batches of {count(kinds, 'kind')} of runs")
 
 
 def plan_table(planned: Estimates) -> Table:
