@@ -100,8 +100,8 @@ def _read_runs(path: Path) -> list[ShownRun]:
             errors.append(error)
     if errors and not shown:
         raise errors[0]
-    for error in errors:
-        say(f"left out: {error}")
+    for damaged in errors:
+        say(f"left out: {damaged}")
     return shown
 
 
