@@ -9,11 +9,12 @@ from functools import partial
 from itertools import compress
 from pathlib import Path
 
+from audit_population import read_scores
 from rich.console import Console
 from small_tables import NAMES, RESULTS, crossed, markdown, results_of, small_table, whole_table, whole_text
 
 from backdoorbench_moe.auditing.calibration import packaged
-from backdoorbench_moe.auditing.population import table
+from backdoorbench_moe.auditing.population import error_cell, measure, set_thresholds, table, working
 from backdoorbench_moe.bench.pages.claims import claims_tables, judge_all, read_claims
 from backdoorbench_moe.bench.suites.paper import PaperTable
 from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, value_of
@@ -293,6 +294,35 @@ def _audited(*, merged: bool) -> str:
     return table(calibration.document)
 
 
+def audit_transfer(root: Path) -> str:
+    """Draw the errors of thresholds from the models of one data set, on the models of each data set."""
+    scores = read_scores(root / RESULTS / "audit" / "scores.csv")
+    members = working([each for each in scores if each.model != "merged"])
+    names = sorted({each.dataset for each in members}, reverse=True)
+    lines = [
+        "| thresholds from | measured on | clean models | false alarms | attacked models | detected | AUROC |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for source in (*([name] for name in names), names):
+        thresholds = set_thresholds([each for each in members if each.dataset in source])
+        for name in names:
+            others = [each for each in members if each.dataset == name]
+            if name in source:
+                others = [each for each in others if not each.calibrates]
+            cells = _errors(measure(others, thresholds)["verdict"])
+            lines.append(f"| {' and '.join(source)} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _errors(verdict: dict[str, dict[str, float] | None]) -> list[str]:
+    """Return the cells of a verdict's errors."""
+    cells = []
+    for key in ("false_alarms", "detected"):
+        found = verdict[key]
+        cells += ["0" if found is None else f"{found['n']:.0f}", error_cell(found)]
+    return [*cells, error_cell(verdict["auroc"])]
+
+
 def demo(root: Path) -> str:
     """Draw what `make demo` prints at the end, from the record of such a run."""
     [folder] = (root / RESULTS / "demo").glob("*-warp-patch-*")
@@ -373,5 +403,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "first-look": first_look,
     "audit": audit,
     "audit-merged": audit_merged,
+    "audit-transfer": audit_transfer,
     "demo": demo,
 }

@@ -63,8 +63,12 @@ class Calibration:
     def line(self) -> str:
         """The origin of the thresholds, in one line."""
         population, verdict = self.document["population"], self.document["verdict"]["false_alarms"]
-        kinds = dict.fromkeys(row["model"] for row in self.document.get("groups", ()))
-        models = f"models ({', '.join(kinds)}; others were not measured)" if kinds else "models"
+        groups = self.document.get("groups", ())
+        kinds, data = (
+            dict.fromkeys(row[key] for row in groups if key in row) for key in ("model", "dataset")
+        )
+        names = " on ".join(", ".join(each) for each in (kinds, data) if each)
+        models = f"models ({names}; others were not measured)" if kinds else "models"
         source = f"from {population['calibrating']['clean']} clean {models}"
         if verdict is None:
             return (

@@ -153,7 +153,7 @@ def calibrate(
 
     Args:
         members: The audited models.
-        commit: The commit that the audits were run with.
+        commit: The commit that computed the calibration.
         date: The date, as YYYY-MM-DD.
         level: The intended false alarm rate.
         smallest_asr: Attacked models with a lower success rate are left out, see `working`.

@@ -111,7 +111,11 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
                 "checks": {"far/1": row, "near/1": row},
                 "population": {"calibrating": {"clean": 9}, "measuring": {"clean": 8}},
                 "verdict": {"false_alarms": {"value": 0, "low": 0, "high": 30}},
-                "groups": [{"model": "pmoe"}, {"model": "pmoe"}, {"model": "vmoe"}],
+                "groups": [
+                    {"dataset": "signs", "model": "pmoe"},
+                    {"dataset": "cifar10", "model": "pmoe"},
+                    {"dataset": "cifar10", "model": "vmoe"},
+                ],
             },
         ),
     )
@@ -122,7 +126,10 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
     line = "Above the threshold, but not counted for the verdict: far (9.00; threshold 2.00)."
     assert line in page and page.index(line) < page.index("Not tested")
     assert "the calibration did not show" in document["does_not_judge"]["near"]
-    assert "from 9 clean models (pmoe, vmoe; others were not measured); on 8 other clean ones" in page
+    assert (
+        "from 9 clean models (pmoe, vmoe on signs, cifar10; others were not measured); on 8 other clean ones"
+        in page
+    )
     assert document["thresholds"].endswith("; not calibrated: judges")
     # Without such a check, nothing is said.
     assert "Above the threshold" not in audit(Constant("near", 1.0)).save(tmp_path)[1].read_text(
