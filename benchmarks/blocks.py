@@ -55,6 +55,8 @@ def paper_text(place: Place) -> str:
 
 GATE = {"gate.name": "top-k", "gate.balance": 0.01, "gate.noise": 1.0}
 SQUARE = {"trigger.name": "square"}
+# Attacks of `attack-groups` by their trigger.
+GROUPS = {"warp": "WaNet, noise", "bpp": "BPP, noise", "square": "TaCT", "frequency": "CTRL"}
 NOISE = {"none": "no noise images", "10%": "10% noise images"}
 ALIGNED = {
     "none": "nothing",
@@ -92,6 +94,16 @@ def attacks(root: Path, scale: str, metric: str = "asr") -> str:
         return f"{spec.trigger.name}{how}"
 
     return crossed(root, f"standard-attacks/{scale}", "trigger", row, metric)
+
+
+def attack_groups(root: Path) -> str:
+    """Draw the ASR of the attacks of `attack-groups` for both models, on the image and in every patch."""
+
+    def row(cell: Cell) -> str:
+        assert cell.spec.trigger is not None
+        return GROUPS[cell.spec.trigger.name]
+
+    return crossed(root, "attack-groups/quick", "attack", row, "asr")
 
 
 def twins(root: Path) -> str:
@@ -343,6 +355,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "stamping-medium": partial(stamping, scale="medium"),
     "attacks": partial(attacks, scale="quick"),
     "twins": twins,
+    "attack-groups": attack_groups,
     "attacks-small": partial(attacks, scale="small"),
     "small-recipe": small_recipe,
     "gtsrb": gtsrb,

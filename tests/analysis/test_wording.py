@@ -90,7 +90,7 @@ PLURALS = {
     "patch": "patches", "epoch": "epochs", "image": "images", "probe image": "probe images", "class": "classes",
     "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes", "cell": "cells",
     "deviation": "deviations", "test image": "test images", "defense": "defenses", "row": "rows",
-    "other key": "other keys", "tensor": "tensors", "selection": "selections",
+    "other key": "other keys", "tensor": "tensors", "selection": "selections", "kind": "kinds",
 }  # fmt: skip
 
 
