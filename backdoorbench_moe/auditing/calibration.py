@@ -63,11 +63,12 @@ class Calibration:
     def line(self) -> str:
         """The origin of the thresholds, in one line."""
         population, verdict = self.document["population"], self.document["verdict"]["false_alarms"]
-        groups = self.document.get("groups", ())
-        kinds, data = (
-            dict.fromkeys(row[key] for row in groups if key in row) for key in ("model", "dataset")
+        kinds: dict[str | None, dict[str, None]] = {}
+        for row in self.document.get("groups", ()):
+            kinds.setdefault(row.get("dataset"), {})[row["model"]] = None
+        names = "; ".join(
+            ", ".join(models) + (f" on {data}" if data is not None else "") for data, models in kinds.items()
         )
-        names = " on ".join(", ".join(each) for each in (kinds, data) if each)
         models = f"models ({names}; others were not measured)" if kinds else "models"
         source = f"from {population['calibrating']['clean']} clean {models}"
         if verdict is None:

@@ -127,7 +127,7 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
     assert line in page and page.index(line) < page.index("Not tested")
     assert "the calibration did not show" in document["does_not_judge"]["near"]
     assert (
-        "from 9 clean models (pmoe, vmoe on signs, cifar10; others were not measured); on 8 other clean ones"
+        "from 9 clean models (pmoe on signs; pmoe, vmoe on cifar10; others were not measured); on 8 other clean ones"
         in page
     )
     assert document["thresholds"].endswith("; not calibrated: judges")
