@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_runs import finished, write
 from tiny import tiny_spec
 
 from backdoorbench_moe.bench.running.engines import make_engine, ray_folders, ray_task
@@ -124,6 +125,17 @@ def test_the_runs_that_two_tasks_need_are_written_by_one_after_the_other(tmp_pat
     ray_folders.deliver(folder, {"record.json": b"{}"}, wait=True)
     other.join()
     assert (folder.path / "record.json").read_bytes() == b"{}"
+
+
+def test_a_finished_run_that_may_be_in_use_is_not_written_again(tmp_path) -> None:
+    """Another task has delivered it while this one waited for the lock, and may now read its model."""
+    spec = tiny_spec()
+    write(tmp_path, finished(spec))
+    folder = RunFolder(tmp_path / spec.name)
+    before = (folder.path / "record.json").read_bytes()
+    ray_folders.deliver(folder, {"model.safetensors": b"again", "record.json": b"{}"}, wait=True)
+    assert (folder.path / "record.json").read_bytes() == before
+    assert not (folder.path / "model.safetensors").exists()
 
 
 def test_a_task_has_the_drivers_variables_unless_its_node_has_its_own(tmp_path, monkeypatch) -> None:

@@ -68,7 +68,7 @@ def is_finished(folder: RunFolder) -> bool:
 
 
 def deliver(folder: RunFolder, files: Files, *, wait: bool = False) -> None:
-    """Write files from another node into a run folder.
+    """Write files from another node into a run folder, unless it has the finished run.
 
     Args:
         folder: The run folder.
@@ -83,6 +83,8 @@ def deliver(folder: RunFolder, files: Files, *, wait: bool = False) -> None:
     if not files:
         return
     with folder.lock(wait=(lambda: None) if wait else None):
+        if is_finished(folder):  # Written by another process while this one waited; it may be in use.
+            return
         for name, content in files.items():  # In the order of reading: the record last.
             (folder.path / name).parent.mkdir(exist_ok=True)
             write_atomically(folder.path / name, partial(_put, content))
