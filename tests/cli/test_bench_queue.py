@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from fake_runs import PART, fill, part_suite
 from making import SIGNS
 
 from backdoorbench_moe.bench.running import estimate
+from backdoorbench_moe.cli.tables.plan import PlanProgress
 
 
 @pytest.fixture
@@ -111,3 +114,17 @@ def test_a_toy_of_the_queue_is_worked_off_saved_and_reported(bbmoe, tmp_path, mo
     assert code == 0, err
     assert bbmoe("report", "toy.yaml", "--from", "results/toy")[0] == 0
     assert "Of 2 cells: 2 cells have fewer seeds than wanted." in (tmp_path / "toy.html").read_text()
+
+
+@pytest.mark.parametrize(("quiet", "shown"), [(False, True), (True, False)])
+def test_a_dry_run_draws_its_progress_on_a_terminal(monkeypatch, quiet, shown) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with PlanProgress(quiet=quiet) as progress:
+        progress.on_check(3, 8)
+        progress.on_time(1, 2)
+    for text in ("checking cells", "3/8", "timing kinds of runs", "1/2"):
+        assert (text in terminal.getvalue()) == shown
+    assert "timing a few batches" not in terminal.getvalue()

@@ -139,7 +139,7 @@ def check(
 
 
 def estimate(
-    runs: Sequence[Planned], on_start: Callable[[int], object] = lambda kinds: None
+    runs: Sequence[Planned], on_time: Callable[[int, int], object] = lambda done, total: None
 ) -> Iterator[tuple[Planned, float | None]]:
     """Yield every run with its remaining seconds, estimated from a short measurement of each kind of run.
 
@@ -147,16 +147,17 @@ def estimate(
 
     Args:
         runs: The runs.
-        on_start: Called before the measurements with their number.
+        on_time: Called with the number of kinds measured so far, from 0, and the number of all kinds.
     """
     seconds: dict[str, float | None] = {}
     groups = list(kinds([run for run in runs if run.status != "finished"]))
-    on_start(len(groups))
-    for _, group in groups:
+    on_time(0, len(groups))
+    for done, (_, group) in enumerate(groups, 1):
         images = Workplace(group[0].spec).data
         speed = measure_speed(group[0].spec, images)
         model = build_model(group[0].spec, images.model_options)
         seconds |= {run.spec.digest: seconds_left(run, speed, images, model) for run in group}
+        on_time(done, len(groups))
     return ((run, seconds.get(run.spec.digest, 0.0)) for run in runs)
 
 

@@ -142,21 +142,22 @@ def _print_plan(
     from backdoorbench_moe.bench.running.queue import check_folders, read_results
     from backdoorbench_moe.bench.running.run import check, estimate
     from backdoorbench_moe.bench.suites.suite import order
-    from backdoorbench_moe.cli.tables.plan import say_timing, time_left, total_line
+    from backdoorbench_moe.cli.tables.plan import PlanProgress, time_left, total_line
 
     known, plans, checked = read_results(results), {}, set[str]()
     check_folders(entries, results)
-    for entry in entries:
-        suite = entry.placed(root, device)
-        runs = read_plan(list(order(suite)), output, known)
-        left = {run.spec.digest: run.spec for run in runs if run.status != "finished"}
-        check(suite, [spec for digest, spec in left.items() if digest not in checked], output)
-        checked |= left.keys()
-        plans[entry.label] = runs
-    # A run that several entries share counts in the first. Each kind of run is timed once for all entries.
-    union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}
-    estimates = estimate(list(union.values()), on_start=(lambda kinds: None) if quiet else say_timing)
-    seconds = {run.spec.digest: left for run, left in estimates}
+    with PlanProgress(quiet=quiet) as progress:
+        for entry in entries:
+            suite = entry.placed(root, device)
+            runs = read_plan(list(order(suite)), output, known)
+            left = {run.spec.digest: run.spec for run in runs if run.status != "finished"}
+            unchecked = [spec for digest, spec in left.items() if digest not in checked]
+            check(suite, unchecked, output, progress.on_check)
+            checked |= left.keys()
+            plans[entry.label] = runs
+        # A run that several entries share counts in the first. Each kind of run is timed once for all entries.
+        union = {run.spec.digest: run for runs in reversed(plans.values()) for run in runs}
+        seconds = {run.spec.digest: left for run, left in estimate(list(union.values()), progress.on_time)}
     table, seen = Table("entry", "runs", "finished", "time left", box=None, pad_edge=False), set[str]()
     for label, runs in plans.items():
         own = [(run, seconds[run.spec.digest]) for run in runs if run.spec.digest not in seen]

@@ -145,12 +145,13 @@ def _print_plan(
     from backdoorbench_moe.bench.running.plan import read_plan
     from backdoorbench_moe.bench.running.run import check, estimate
     from backdoorbench_moe.bench.suites.suite import order
-    from backdoorbench_moe.cli.tables.plan import plan_table, say_timing, total_line
+    from backdoorbench_moe.cli.tables.plan import PlanProgress, plan_table, total_line
 
     runs = read_plan(list(order(suite)), output, known)
     missing = [run for run in runs if run.status != "finished"]
-    check(suite, [run.spec for run in missing], output)
-    planned = list(estimate(runs, on_start=(lambda kinds: None) if quiet else say_timing))
+    with PlanProgress(quiet=quiet) as progress:
+        check(suite, [run.spec for run in missing], output, progress.on_check)
+        planned = list(estimate(runs, progress.on_time))
     console = Console(highlight=False)
     if not quiet:
         console.print(plan_table(planned))

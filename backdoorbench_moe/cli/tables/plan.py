@@ -1,12 +1,16 @@
-"""Missing runs and their estimated time, as `--dry-run` prints them."""
+"""Missing runs and their estimated time, as `--dry-run` prints them, and its progress."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from backdoorbench_moe.cli.terminal.streams import echo, say
@@ -24,10 +28,40 @@ UNKNOWN = "not known"
 BUSY = 0.5
 
 
-def say_timing(kinds: int) -> None:
-    """Announce the measurements of an estimate, which take minutes for a long queue."""
-    if kinds:
-        say(f"timing a few batches of {count(kinds, 'kind')} of runs")
+class PlanProgress(AbstractContextManager["PlanProgress"]):
+    """Progress of a dry run, which takes minutes for a long queue: bars on a terminal, otherwise one line.
+
+    Args:
+        quiet: Whether to show nothing.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, is_live = quiet, sys.stderr.isatty() and not quiet
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._bars = Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_live)
+        self._checks = self._bars.add_task("checking cells", total=None)
+        self._kinds = self._bars.add_task("timing kinds of runs", total=None, visible=False)
+
+    def __enter__(self) -> PlanProgress:
+        """Start drawing."""
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self._bars.stop()
+
+    def on_check(self, done: int, total: int) -> None:
+        """Show the number of checked cells of a suite, and of all its cells."""
+        self._bars.update(self._checks, completed=done, total=total)
+
+    def on_time(self, done: int, total: int) -> None:
+        """Show the number of kinds of runs that have been timed, and of all kinds."""
+        self._bars.update(self._kinds, completed=done, total=total, visible=True)
+        if total and not done and self._bars.disable and not self._quiet:
+            say(f"timing a few batches of {count(total, 'kind')} of runs")
 
 
 def plan_table(planned: Estimates) -> Table:
