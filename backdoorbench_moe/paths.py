@@ -21,8 +21,10 @@ def expand(path: str | os.PathLike[str], parameter: str = "path") -> Path:
         parameter: Name of the parameter, for the error message.
 
     Raises:
-        ConfigError: The user does not exist.
+        ConfigError: The path is empty, as in `--output "$UNSET"`, or the user does not exist.
     """
+    if not os.fspath(path):
+        raise ConfigError.expected(parameter, "a file or folder", "")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

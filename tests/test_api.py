@@ -212,6 +212,23 @@ def test_a_list_of_runs_says_how_to_unpack_it(monkeypatch) -> None:
         bbmoe.analyze([Run(None, None), Run(None, None)])
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bbmoe.load_run(""),
+        lambda: bbmoe.defend("", "fine-tuning"),
+        lambda: bbmoe.analyze(""),
+        lambda: bbmoe.attack(output=""),
+        lambda: bbmoe.attack(dataset={"name": "cifar10", "root": ""}),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(call, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="expected a file or folder, got ''"):
+        call()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_tilde_is_the_home_directory_everywhere(tmp_path, monkeypatch) -> None:
     """Nothing is trained: each call gets as far as the folder, whose full name the message has."""

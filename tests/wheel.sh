@@ -14,6 +14,7 @@ unset PYTHONPATH
 export PYTHONNOUSERSITE=1
 
 for python in "${@:-python3}"; do
+    cd "$place"  # Out of the folder that is deleted now.
     rm -rf "$place/environment" "$place/wheels" "$place/elsewhere"
     "$python" -m venv "$place/environment"
     bin=$place/environment/bin

@@ -42,7 +42,7 @@ def opened_run(run: Run | PathLike, parameter: str) -> Run:
 def path_of(value: object, parameter: str, expected: str = "a path") -> Path:
     """Return a path. Raises ConfigError for anything else."""
     if isinstance(value, str | os.PathLike):
-        return expand(value)
+        return expand(value, parameter)
     # Name only the type, as the text of a model or an array may have thousands of lines.
     raise ConfigError(f"{parameter}: expected {expected}, got an object of type {type(value).__name__}")
 
