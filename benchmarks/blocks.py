@@ -96,14 +96,14 @@ def attacks(root: Path, scale: str, metric: str = "asr") -> str:
     return crossed(root, f"standard-attacks/{scale}", "trigger", row, metric)
 
 
-def attack_groups(root: Path) -> str:
+def attack_groups(root: Path, scale: str) -> str:
     """Draw the ASR of the attacks of `attack-groups` for both models, on the image and in every patch."""
 
     def row(cell: Cell) -> str:
         assert cell.spec.trigger is not None
         return GROUPS[cell.spec.trigger.name]
 
-    return crossed(root, "attack-groups/quick", "attack", row, "asr")
+    return crossed(root, f"attack-groups/{scale}", "attack", row, "asr")
 
 
 def twins(root: Path) -> str:
@@ -355,7 +355,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "stamping-medium": partial(stamping, scale="medium"),
     "attacks": partial(attacks, scale="quick"),
     "twins": twins,
-    "attack-groups": attack_groups,
+    "attack-groups": partial(attack_groups, scale="quick"),
+    "attack-groups-small": partial(attack_groups, scale="small"),
     "attacks-small": partial(attacks, scale="small"),
     "small-recipe": small_recipe,
     "gtsrb": gtsrb,
@@ -399,6 +400,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cifar10-vmoe-patch-ba": partial(
         defended_by, place="standard-vmoe/small", model="vmoe", applicator="patch", metric="ba"
     ),
+    "cifar10-vmoe-image": partial(defended_by, place="standard-vmoe/small", model="vmoe", applicator="image"),
     "expert-forms": partial(defended_by, place="expert-forms/small", model="pmoe", applicator="patch"),
     "expert-forms-ba": partial(
         defended_by, place="expert-forms/small", model="pmoe", applicator="patch", metric="ba"
