@@ -19,6 +19,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import clean_accuracy, treats_experts
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.temporary import restored
 from backdoorbench_moe.moe.units import Units, expert_units, gate_units, masked_tensors, norm_units, prune
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.ranges import check_interval, check_weight
@@ -208,18 +209,16 @@ def highest_threshold(
     """
     state = task.model.state_dict()
     names = {name for units, _ in masks for name in units.rows}
-    kept = {name: state[name].clone() for name in names}
     before = clean_accuracy(task)
     chosen: float | None = None
     accuracies: dict[float, float] = {}
-    for threshold in LADDER:
-        prune_low(task.model, masks, threshold)
-        accuracies[threshold] = clean_accuracy(task)
-        if accuracies[threshold] < before - drop:
-            break
-        chosen = threshold
-    for name, values in kept.items():
-        state[name].copy_(values)
+    with restored(state[name] for name in names):
+        for threshold in LADDER:
+            prune_low(task.model, masks, threshold)
+            accuracies[threshold] = clean_accuracy(task)
+            if accuracies[threshold] < before - drop:
+                break
+            chosen = threshold
     return chosen, accuracies
 
 
@@ -315,13 +314,12 @@ def images_of_steps(count: int, size: int, steps: int) -> int:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Inside the block, batch norms normalise with the statistics of the batch; afterwards, buffers are restored."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    kept = [(module.training, [buffer.clone() for buffer in module.buffers()]) for module in norms]
-    try:
-        for module in norms:
-            module.train()
-        yield
-    finally:
-        for module, (training, buffers) in zip(norms, kept, strict=True):
-            module.train(training)
-            for buffer, values in zip(module.buffers(), buffers, strict=True):
-                buffer.copy_(values)
+    modes = [module.training for module in norms]
+    with restored(buffer for module in norms for buffer in module.buffers()):
+        try:
+            for module in norms:
+                module.train()
+            yield
+        finally:
+            for module, training in zip(norms, modes, strict=True):
+                module.train(training)

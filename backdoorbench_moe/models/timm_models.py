@@ -173,11 +173,8 @@ class TimmModel(nn.Module):
     def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the network; return the logits and the inputs of all calls of the last layer."""
         seen: list[Tensor] = []
-        hook = self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
+        with self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
             return self.network(images), seen
-        finally:
-            hook.remove()
 
     def _check_features(self) -> None:
         if not self._has_features:
