@@ -13,7 +13,7 @@ from torchvision.transforms import Resize
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.backdoorbench_networks import PreActResNet18, ResNeXt29, SENet18
-from backdoorbench_moe.models.checks import check_colours, check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_colours, check_image_size, check_sizes
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.options import FilePath
 
@@ -96,7 +96,7 @@ class BackdoorBenchModel(nn.Module):
         weights: FilePath | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_sizes(num_classes=num_classes)
         check_image_size(image_size, at_least=8)
         if architecture not in ARCHITECTURES:
             raise UnknownNameError("architecture", architecture, ARCHITECTURES)
