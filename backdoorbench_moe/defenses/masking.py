@@ -275,7 +275,7 @@ class MaskedModel:
             mask.clamp_(LEAST_EXPERT if units.kind == "expert" else 0, 1)
 
 
-def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
+def shuffled_batches(split: Split, size: int, seed: int) -> Iterator[Split]:
     """Yield batches indefinitely: all images in a new random order in each epoch.
 
     Args:
@@ -288,7 +288,7 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
         ValueError: There are fewer than two images.
     """
     if len(split) < 2:
-        raise ValueError(f"batches: expected at least 2 images, got {len(split)}")
+        raise ValueError(f"shuffled_batches: expected at least 2 images, got {len(split)}")
     epoch = 0
     while True:
         order = torch.randperm(len(split), generator=generator(seed, "masks", epoch))
@@ -299,12 +299,12 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
 
 
 def steps_of_epoch(count: int, size: int) -> int:
-    """Return the number of batches in an epoch of `batches`, for `count` images in batches of `size`."""
+    """Return the number of batches in an epoch of `shuffled_batches`, for `count` images in batches of `size`."""
     return count // size + (count % size > 1)
 
 
 def images_of_steps(count: int, size: int, steps: int) -> int:
-    """Return the number of images in the first `steps` batches of `batches`; see `steps_of_epoch`."""
+    """Return the number of images in the first `steps` batches of `shuffled_batches`; see `steps_of_epoch`."""
     epochs, left = divmod(steps, steps_of_epoch(count, size))
     used = count - (count % size == 1)
     return epochs * used + min(left * size, used)

@@ -16,8 +16,8 @@ from backdoorbench_moe.defenses.masking import (
     MaskedModel,
     MaskPruning,
     batch_statistics,
-    batches,
     images_of_steps,
+    shuffled_batches,
     steps_of_epoch,
 )
 from backdoorbench_moe.moe.units import Units
@@ -105,7 +105,9 @@ class RNP(MaskPruning):
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=MOMENTUM)
         steps = self.epochs * steps_of_epoch(len(task.clean), self.batch_size)
         with batch_statistics(unlearned):
-            for step, batch in enumerate(islice(batches(task.clean, self.batch_size, task.seed), steps), 1):
+            for step, batch in enumerate(
+                islice(shuffled_batches(task.clean, self.batch_size, task.seed), steps), 1
+            ):
                 loss = LOSS_WEIGHT * masked.loss(batch)
                 masked.backward(loss)
                 optimizer.step()
@@ -130,7 +132,7 @@ class RNP(MaskPruning):
             model.parameters(), lr=self.unlearn_lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
         )
         steps = steps_of_epoch(len(task.clean), self.batch_size)
-        feed = batches(task.clean, self.batch_size, task.seed)
+        feed = shuffled_batches(task.clean, self.batch_size, task.seed)
         model.train()
         accuracy = 100.0
         for epoch in range(1, self.epochs + 1):
