@@ -25,6 +25,7 @@ from backdoorbench_moe.moe.structure import (
     WithFeatures,
     WithMLPs,
     data_options,
+    patch_size_of,
     takes_text,
 )
 from backdoorbench_moe.moe.temporary import hooked, restored
@@ -50,7 +51,7 @@ def check_mergeable(model: nn.Module) -> WithMLPs:
         methods = "a method mlps" if text else "methods mlps and token_layout"
         raise _refusal(model, f"expected {methods} (see backdoorbench_moe.moe.structure)")
     mlps = model.mlps()
-    if not text and not isinstance(getattr(model, "patch_size", None), int):
+    if not text and patch_size_of(model) is None:
         raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
     if not mlps:
         raise _refusal(model, "it has no MLPs")

@@ -17,7 +17,6 @@ from backdoorbench_moe.engine.build import (
     build_stamper,
     check_trigger,
     describe,
-    model_patch_size,
 )
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.measuring.evaluate import marked_metrics, measure, share
@@ -33,6 +32,7 @@ from backdoorbench_moe.engine.poisoning.triggered import Triggered, triggered_te
 from backdoorbench_moe.engine.setups import image_checks
 from backdoorbench_moe.engine.setups.base import Measured, Setup
 from backdoorbench_moe.engine.setups.tasks import Tasks
+from backdoorbench_moe.moe.structure import patch_size_of
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.metrics import chance_rate
 from backdoorbench_moe.ops.seeding import generator
@@ -64,7 +64,7 @@ class ImageSetup(Setup):
         self._marked: Tensor | None = None
         self._test: Split | None = None
         if spec.policy or (attack is not None and attack.uses_trigger):
-            size = model_patch_size(self.model)
+            size = patch_size_of(self.model)
             self.stamper = build_stamper(spec, patch_size=size, image_size=images.image_size)
             image_checks.check_stamper(spec, attack, self.stamper, images.test.images)
         if spec.policy:
@@ -211,7 +211,7 @@ class ImageSetup(Setup):
         """Return the values of the parts' options, for the record."""
         parts = super().describe_parts()
         # Also if it is a class attribute, since `Run.stamper` builds the applicator from this value.
-        if (size := model_patch_size(self.model)) is not None:
+        if (size := patch_size_of(self.model)) is not None:
             parts["model"]["patch_size"] = size
         if isinstance(self.tasks, Tasks):
             parts["splitter"] = describe(self.tasks.splitter)
