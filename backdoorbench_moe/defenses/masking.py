@@ -19,6 +19,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import clean_accuracy, treats_experts
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.precision import in_precision
 from backdoorbench_moe.moe.temporary import restored
 from backdoorbench_moe.moe.units import Units, expert_units, gate_units, masked_tensors, norm_units, prune
 from backdoorbench_moe.ops.images import Split, as_input
@@ -257,8 +258,7 @@ class MaskedModel:
         factors = self.masks if noise is None else [m + n for m, n in zip(self.masks, noise, strict=True)]
         tensors = masked_tensors(self.model, list(zip(self.units, factors, strict=True)), shifts)
         images = as_input(split.images)
-        # bf16 has the range of float32, so losses need no scaling.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with in_precision(self.device, self.precision):
             logits = functional_call(self.model, tensors, (images,))
         return F.cross_entropy(logits.float(), split.labels)
 

@@ -20,6 +20,7 @@ from backdoorbench_moe.defenses.masking import (
     shuffled_batches,
     steps_of_epoch,
 )
+from backdoorbench_moe.moe.precision import in_precision
 from backdoorbench_moe.moe.units import Units
 from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_share
@@ -138,7 +139,7 @@ class RNP(MaskPruning):
         for epoch in range(1, self.epochs + 1):
             hits = torch.zeros((), dtype=torch.int64, device=task.device)
             for batch in islice(feed, steps):
-                with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                with in_precision(task.device, task.precision):
                     logits = model(as_input(batch.images))
                 optimizer.zero_grad(set_to_none=True)
                 (-F.cross_entropy(logits.float(), batch.labels)).backward()

@@ -16,5 +16,5 @@
 - `prefix`: evaluating the end of a model repeatedly without recomputing its beginning.
 - `temporary`: changes that are undone at the end of a block: hooks, evaluation mode, frozen weights, restored values.
 - `trial`: running a model on noise.
-- `precision`: computing in fp32 under autocast.
+- `precision`: computing in bf16, or in fp32 under autocast.
 """
