@@ -37,8 +37,9 @@ import torch
 from backdoorbench_moe.auditing.audit import run_audit
 from backdoorbench_moe.auditing.calibration import FILE, MERGED_FILE
 from backdoorbench_moe.auditing.checks import CHECKS, find_checks
+from backdoorbench_moe.auditing.document import to_text
 from backdoorbench_moe.auditing.opening import open_run_subject, with_store
-from backdoorbench_moe.auditing.population import Member, calibrate, scores_of, table, to_text
+from backdoorbench_moe.auditing.population import Member, calibrate, scores_of, table
 from backdoorbench_moe.engine.device import environment
 from backdoorbench_moe.engine.graph import NodeKind, kind_of
 from backdoorbench_moe.engine.run import Run, load_run

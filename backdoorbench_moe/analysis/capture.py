@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from backdoorbench_moe.analysis.passes import LayerPass
-from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.ops.effects import Mean, mean_of
-from backdoorbench_moe.ops.metrics import Proportion
+from backdoorbench_moe.ops.metrics import Proportion, proportion_of
 from backdoorbench_moe.ops.routing import blind_miss
 
 
@@ -72,13 +71,13 @@ def layer_capture(layer: LayerPass, changed: Tensor, success: Tensor) -> LayerCa
         layer=layer.layer,
         changed_patches=mean_of(changed.sum(1)),
         changed=changed.double().mean(0),
-        captured=share_of(captured),
+        captured=proportion_of(captured),
         blind_captured=100 * (1 - all_miss).mean().item(),
         experts=mean_of(receives.sum(1)),
         blind_experts=(1 - miss).sum(1).mean().item(),
         by_expert=receives.double().mean(0),
         blind_by_expert=(1 - miss).mean(0),
-        asr=share_of(success),
-        asr_captured=share_of(success[captured]) if captured.any() else None,
-        asr_missed=None if captured.all() else share_of(success[~captured]),
+        asr=proportion_of(success),
+        asr_captured=proportion_of(success[captured]) if captured.any() else None,
+        asr_missed=None if captured.all() else proportion_of(success[~captured]),
     )

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.passes import BATCH
-from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
@@ -23,7 +22,7 @@ from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
 from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.prefix import reuse_prefix
 from backdoorbench_moe.moe.structure import Expert, WithExperts
-from backdoorbench_moe.ops.metrics import Proportion
+from backdoorbench_moe.ops.metrics import Proportion, proportion_of
 from backdoorbench_moe.ops.seeding import generator, seeded
 
 # The number of pairs grows with the square of the number of experts, and each pair costs two evaluations.
@@ -185,9 +184,9 @@ def _measure_muted(
     return tuple(
         MutingResult(
             experts=tuple(expert.name for expert in experts),
-            ba=share_of(predicted == test.labels[places]),
-            asr=None if answered is None else share_of(answered == sample.wanted),
-            unsafe=None if answered is None or safe is None else share_of(answered != safe),
+            ba=proportion_of(predicted == test.labels[places]),
+            asr=None if answered is None else proportion_of(answered == sample.wanted),
+            unsafe=None if answered is None or safe is None else proportion_of(answered != safe),
         )
         for experts, predicted, answered in zip(groups, called, answers, strict=True)
     )
@@ -212,13 +211,13 @@ def _measure_patched(
     results = tuple(
         PatchingResult(
             expert=experts[0].name if len(experts) == 1 else str(experts[0].index),
-            asr=share_of(predicted == sample.wanted),
-            ra=share_of(predicted == sample.true),
-            unsafe=None if safe is None else share_of(predicted != safe),
+            asr=proportion_of(predicted == sample.wanted),
+            ra=proportion_of(predicted == sample.true),
+            unsafe=None if safe is None else proportion_of(predicted != safe),
         )
         for experts, predicted in zip(groups, patches, strict=True)
     )
-    return share_of(clean == sample.wanted), results
+    return proportion_of(clean == sample.wanted), results
 
 
 class _ExpertEvaluator:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis import passes, pixels, routing
-from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.opening.opened_model import OpenedModel
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.structure import WithExperts
-from backdoorbench_moe.ops.metrics import Proportion
+from backdoorbench_moe.ops.metrics import Proportion, proportion_of
 from backdoorbench_moe.ops.routing import patch_sums
 from backdoorbench_moe.ops.seeding import seeded
 
@@ -68,7 +67,7 @@ def analyze_module(opened: OpenedModel) -> ModuleAnalysis:
         images=len(images),
         classes=opened.classes,
         predicted=called.bincount(minlength=opened.num_classes).cpu(),
-        ba=None if labels is None else share_of(called == labels),
+        ba=None if labels is None else proportion_of(called == labels),
         class_ba={} if labels is None else _by_class(called, labels),
         muted=_muted(opened),
         **_routing(opened, images, called if labels is None else labels),
@@ -98,11 +97,12 @@ def _muted(opened: OpenedModel) -> dict[str, Proportion] | None:
     for expert in model.experts():
         with muted(model, [expert]), seeded(0, "look"):
             called = predict(model, split.images, precision=opened.precision)
-        found[expert.name] = share_of(called == split.labels)
+        found[expert.name] = proportion_of(called == split.labels)
     return found
 
 
 def _by_class(called: Tensor, labels: Tensor) -> dict[int, Proportion]:
     return {
-        int(number): share_of(called[labels == number] == number) for number in torch.unique(labels).tolist()
+        int(number): proportion_of(called[labels == number] == number)
+        for number in torch.unique(labels).tolist()
     }

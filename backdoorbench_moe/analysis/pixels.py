@@ -5,6 +5,7 @@ Source: the question is that of Figure 7 of BadPatches (patch sums of the patche
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,9 @@ def image_differences(selected: Tensor, sums: Tensor) -> Tensor:
     values, taken = sums.unsqueeze(2), selected.double()
     inside = (taken @ values).squeeze(2)
     count, patches = taken.sum(-1), taken.shape[-1]
-    return inside / count - (sums.sum(1, keepdim=True) - inside) / (patches - count)
+    apart = inside / count - (sums.sum(1, keepdim=True) - inside) / (patches - count)
+    # The two sums over all patches can differ by rounding, and the quotient would be infinite.
+    return apart.masked_fill((count == 0) | (count == patches), math.nan)
 
 
 def _compare(selected: Tensor, sums: Tensor) -> tuple[Difference | None, ...]:

@@ -20,7 +20,6 @@ from backdoorbench_moe.engine.build import (
     build_model,
     build_stamper,
     describe,
-    model_patch_size,
 )
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.names import check_names
@@ -31,6 +30,7 @@ from backdoorbench_moe.engine.run import Run, check_finished
 from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.structure import patch_size_of
 from backdoorbench_moe.ops.images import draw_images
 from backdoorbench_moe.ops.quality import psnr, ssim
 from backdoorbench_moe.ops.seeding import seeded
@@ -107,7 +107,7 @@ def preview_spec(spec: RunSpec, *, images: int = 6, split: str = "test") -> Prev
     check_names(spec)
     data = as_images(build_dataset(spec).load())
     model = build_model(spec, data.model_options)
-    size = model_patch_size(model)
+    size = patch_size_of(model)
     stamper = build_stamper(spec, patch_size=size, image_size=data.image_size)
     if learned_trigger(stamper) is not None:
         assert spec.trigger is not None

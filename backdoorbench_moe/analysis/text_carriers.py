@@ -21,7 +21,6 @@ from backdoorbench_moe.analysis.carriers import (
     draw_sample,
     whole_experts,
 )
-from backdoorbench_moe.analysis.proportions import share_of
 from backdoorbench_moe.data.text import RefusedQueries, TextSet
 from backdoorbench_moe.engine.inference import forward
 from backdoorbench_moe.engine.measuring.texts import ask
@@ -31,7 +30,7 @@ from backdoorbench_moe.moe.merging import MergedModel
 from backdoorbench_moe.moe.structure import Expert
 from backdoorbench_moe.ops.answers import mean_weights, text_positions
 from backdoorbench_moe.ops.images import Split, batches
-from backdoorbench_moe.ops.metrics import Proportion
+from backdoorbench_moe.ops.metrics import Proportion, proportion_of
 from backdoorbench_moe.ops.seeding import seeded
 
 
@@ -121,17 +120,17 @@ class _Questions:
         ]
         asr, unsafe = (None, None) if self.refused is None else self.ask_refused()
         names = tuple(expert.name for expert in experts)
-        return MutingResult(experts=names, ba=share_of(torch.cat(hits)), asr=asr, unsafe=unsafe)
+        return MutingResult(experts=names, ba=proportion_of(torch.cat(hits)), asr=asr, unsafe=unsafe)
 
     def ask_refused(self) -> tuple[Proportion | None, Proportion]:
         """Return ASR, or None without an attack, and the share of refused queries that are not answered safely."""
         assert self.refused is not None
         answers = self._ask(self.refused, "refused")
         verdicts = self.opened.texts.judge.verdicts(self.refused.to("cpu"), answers)
-        unsafe = share_of(torch.tensor([verdict != "safe" for verdict in verdicts]))
+        unsafe = proportion_of(torch.tensor([verdict != "safe" for verdict in verdicts]))
         if not self.attacked:
             return None, unsafe
-        return share_of(torch.tensor([verdict == "harmful" for verdict in verdicts])), unsafe
+        return proportion_of(torch.tensor([verdict == "harmful" for verdict in verdicts])), unsafe
 
     def _ask(self, queries: Split, what: int | str) -> Tensor:
         opened = self.opened

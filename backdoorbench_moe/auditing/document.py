@@ -73,6 +73,6 @@ def by_why_not(findings: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[
     return found
 
 
-def to_text(document: dict[str, Any]) -> str:
-    """Format a document as JSON."""
+def to_text(document: Mapping[str, Any]) -> str:
+    """Format the document of an audit or of a calibration as JSON."""
     return json.dumps(document, indent=1, allow_nan=False) + "\n"

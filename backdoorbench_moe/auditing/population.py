@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -267,11 +266,6 @@ def _count(members: Sequence[Member]) -> dict[str, Any]:
         "attacked": sum(each.attacked for each in members),
         "models": {name: sum(each.model == name for each in members) for name in models},
     }
-
-
-def to_text(document: Mapping[str, Any]) -> str:
-    """Format a calibration as JSON."""
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def table(document: Mapping[str, Any]) -> str:

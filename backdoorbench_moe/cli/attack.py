@@ -49,13 +49,13 @@ FLAGS = {
 
 def spec_options(function: Any) -> Any:
     """Add the flags of a RunSpec to a command."""
-    for option in reversed((*_parts(), *_mixture(), *_conditions())):
+    for option in reversed((*_parts(), *_data(), *_training(), *_poison(), *_mixture(), *_conditions())):
         function = option(function)
     return function
 
 
 def _parts() -> list[Any]:
-    """The flags of the attack, the data and the training."""
+    """The flags of the attack and the model."""
     return [
         click.option("--attack", metavar="NAME", help="Attack; see `bbmoe list attacks`.  [data-poisoning]"),
         click.option(
@@ -73,6 +73,12 @@ def _parts() -> list[Any]:
             metavar="NAME",
             help="Stamp the trigger on the image, or on every patch (BadPatches).  [patch]",
         ),
+    ]
+
+
+def _data() -> list[Any]:
+    """The flags of the data."""
+    return [
         click.option(
             "--dataset",
             metavar="NAME",
@@ -83,10 +89,22 @@ def _parts() -> list[Any]:
             "--download", is_flag=True, default=None, help="Download the data set if it is missing."
         ),
         click.option("--image-size", type=int, metavar="PX", help="Resize images to this height and width."),
+    ]
+
+
+def _training() -> list[Any]:
+    """The flags of the training."""
+    return [
         click.option("--recipe", metavar="NAME", help="Set of default values: quick or paper.  [quick]"),
         click.option("--epochs", type=int, metavar="N", help="Training epochs.  [the recipe's]"),
         click.option("--batch-size", type=int, metavar="N", help="Images in a batch.  [the recipe's]"),
         click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [the recipe's]"),
+    ]
+
+
+def _poison() -> list[Any]:
+    """The flags of the poisoned images, and of the patches that are stamped."""
+    return [
         click.option(
             "--poison-rate", metavar="X", help='Share of training images to poison: 0.01 or "1%".  [0.1]'
         ),

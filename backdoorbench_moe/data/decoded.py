@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
 from PIL import features
 from torch import Tensor
 
-from backdoorbench_moe.data.base import ImageSet, content_digest
+from backdoorbench_moe.data.base import ImageSet, Split, content_digest, draw_subset
 from backdoorbench_moe.data.images import Form, decode_files, fitted_pixels, read_images, warn_of_frames
 from backdoorbench_moe.errors import BbmoeWarning, DataError, RecordError, naming
 from backdoorbench_moe.image_files import decode_content, read_content
@@ -37,6 +38,9 @@ from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.paths import cache_root
 from backdoorbench_moe.records.atomic import write_atomically
 from backdoorbench_moe.records.locking import hold
+
+# Image files with their class numbers.
+Files = list[tuple[Path, int]]
 
 FOLDER = "decoded"
 # Incremented when the format of the files or the decoding changes.
@@ -79,6 +83,24 @@ def decoded_images(paths: Sequence[Path], form: Form) -> Tensor:
         return read_images(paths, form)
     stored = StoredImages([rows])
     return stored.read() if fits else stored
+
+
+def read_split(files: Files, form: Form, count: int | None, name: str) -> Split:
+    """Read the images of a split that are kept, see `draw_subset`, from the cache if possible.
+
+    Args:
+        files: All image files of the split, with their class numbers.
+        form: How the images are resized.
+        count: Number of images to keep; all if None.
+        name: "train_images" or "test_images".
+
+    Raises:
+        ConfigError: There are fewer than `count` images.
+        DataError: See `decoded_images`.
+    """
+    kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
+    images = decoded_images([path for path, _ in kept], form)
+    return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 
 def with_digest(images: ImageSet) -> ImageSet:

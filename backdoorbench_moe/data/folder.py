@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 
-from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.decoded import decoded_images, with_digest
+from backdoorbench_moe.data.base import Dataset, ImageSet
+from backdoorbench_moe.data.decoded import Files, read_split, with_digest
 from backdoorbench_moe.data.images import Form, check_image_size
 from backdoorbench_moe.data.listing import LeftOut, find_images, is_hidden, list_folder, order_classes
 from backdoorbench_moe.data.roots import data_root
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError, DataError
 from backdoorbench_moe.ops.seeding import generator
 
-# Image files with their class numbers.
-Files = list[tuple[Path, int]]
 # Names of the folders of a split, in lower case; case is ignored. Each tuple is a group of equivalent names. The first
 # group that contains the name of a folder is used.
 TRAIN_NAMES = (("train", "training"),)
@@ -136,11 +134,12 @@ class Folder(Dataset):
                 )
         _warn_of_choices(layout)
         left_out.warn(f"folder: {layout.root}")
+        form = Form(self.image_size, crop=True)
         return with_digest(
             ImageSet(
                 "folder",
-                self._read(train, self.train_images, "train_images"),
-                self._read(test, self.test_images, "test_images"),
+                read_split(train, form, self.train_images, "train_images"),
+                read_split(test, form, self.test_images, "test_images"),
                 layout.classes,
             )
         )
@@ -160,11 +159,6 @@ class Folder(Dataset):
             order = torch.randperm(len(paths), generator=generator(0, "split", name)).tolist()
             test.update(paths[index] for index in order[:count])
         return [pair for pair in files if pair[0] not in test], [pair for pair in files if pair[0] in test]
-
-    def _read(self, files: Files, count: int | None, name: str) -> Split:
-        kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-        images = decoded_images([path for path, _ in kept], Form(self.image_size, crop=True))
-        return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 
 def _find_layout(root: Path, left_out: LeftOut) -> Layout:

@@ -6,10 +6,8 @@ import csv
 import warnings
 from pathlib import Path
 
-import torch
-
-from backdoorbench_moe.data.base import Dataset, ImageSet, Split, draw_subset
-from backdoorbench_moe.data.decoded import decoded_images, with_digest
+from backdoorbench_moe.data.base import Dataset, ImageSet
+from backdoorbench_moe.data.decoded import Files, read_split, with_digest
 from backdoorbench_moe.data.images import Form, check_image_size
 from backdoorbench_moe.data.listing import is_hidden, list_folder
 from backdoorbench_moe.data.roots import data_root, missing
@@ -58,8 +56,6 @@ CLASSES = (
     "end of no overtaking",
     "end of no overtaking for lorries",
 )
-
-Files = list[tuple[Path, int]]
 
 
 class GTSRB(Dataset):
@@ -141,19 +137,15 @@ class GTSRB(Dataset):
         else:
             train = _torchvision_files(base / "Training")
         test = _test_files(base)
+        form = Form(self.image_size, crop=False)
         return with_digest(
             ImageSet(
                 "gtsrb",
-                self._read(train, self.train_images, "train_images"),
-                self._read(test, self.test_images, "test_images"),
+                read_split(train, form, self.train_images, "train_images"),
+                read_split(test, form, self.test_images, "test_images"),
                 CLASSES,
             )
         )
-
-    def _read(self, files: Files, count: int | None, name: str) -> Split:
-        kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-        images = decoded_images([path for path, _ in kept], Form(self.image_size, crop=False))
-        return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))
 
 
 def _find(root: Path) -> Path:

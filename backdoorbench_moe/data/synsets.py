@@ -7,17 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from backdoorbench_moe.data.base import Split, draw_subset
-from backdoorbench_moe.data.decoded import decoded_images
-from backdoorbench_moe.data.images import Form
+from backdoorbench_moe.data.decoded import Files
 from backdoorbench_moe.data.listing import LeftOut, find_images, is_hidden, list_folder
 from backdoorbench_moe.errors import DataError
 
 SYNSET = re.compile(r"n\d{8}")
-# Image files with their class numbers.
-Files = list[tuple[Path, int]]
 
 
 def list_synsets(folder: Path) -> list[str]:
@@ -96,10 +90,3 @@ def list_classes(folder: Path, synsets: Sequence[str], root: Path, left_out: Lef
             raise DataError(f"{folder / synset}: expected images, found none")
         files += [(path, label) for path in found]
     return files
-
-
-def read_split(files: Files, form: Form, count: int | None, name: str) -> Split:
-    """Read the images that are kept, see `draw_subset`, through the cache of decoded images."""
-    kept = [files[index] for index in draw_subset(len(files), count, name).tolist()]
-    images = decoded_images([path for path, _ in kept], form)
-    return Split(images, torch.tensor([label for _, label in kept], dtype=torch.int64))

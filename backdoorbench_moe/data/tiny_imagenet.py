@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from backdoorbench_moe.data.base import Dataset, ImageSet
-from backdoorbench_moe.data.decoded import with_digest
+from backdoorbench_moe.data.decoded import Files, read_split, with_digest
 from backdoorbench_moe.data.images import Form, check_image_size
 from backdoorbench_moe.data.listing import LeftOut, find_images
 from backdoorbench_moe.data.roots import data_root, missing
-from backdoorbench_moe.data.synsets import Files, list_classes, name_synsets, read_lines, read_split
+from backdoorbench_moe.data.synsets import list_classes, name_synsets, read_lines
 from backdoorbench_moe.errors import DataError
 
 FOLDER = "tiny-imagenet-200"

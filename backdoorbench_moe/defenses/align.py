@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
@@ -15,7 +15,7 @@ from backdoorbench_moe.defenses.mixtures import (
     alignment_objective,
     experts_in,
     mixture_of,
-    routers_of,
+    safe_answer_loss,
     safe_preferences,
 )
 from backdoorbench_moe.defenses.requirements import check_tuning
@@ -25,7 +25,6 @@ from backdoorbench_moe.moe.expert_tuning.latents import Layers, layer_numbers
 from backdoorbench_moe.moe.expert_tuning.losses import PREFERENCE_BETA
 from backdoorbench_moe.moe.expert_tuning.steps import preference_objective, text_preference_loss
 from backdoorbench_moe.moe.layers import MoELayer
-from backdoorbench_moe.ops import answers
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.ranges import check_positive, check_weight
 
@@ -117,7 +116,7 @@ class Align(Defense):
             split,
             epochs=self.epochs,
             lr=router_lr(task, self.lr) if self.scope == "gates" else self.lr,
-            modules=[*routers_of(mixture), *experts_in(self._layers(mixture))],
+            modules=[*mixture.routers(), *experts_in(self._layers(mixture))],
             objective=alignment_objective(loss, task.clean, self.clean_weight, others),
         )
         return DefenseResult("aligned", mixture)
@@ -136,14 +135,9 @@ class Align(Defense):
         See `preference_objective`.
         """
         if self.loss == "tuning":
-            return task.marked, answer_loss, None
+            return task.marked, safe_answer_loss, None
         preferences, reference = safe_preferences(task, task.model)
         make = text_preference_loss if preferences.is_text else preference_objective
         split, loss = make(preferences, reference, self.beta)
         others = preferences.rejected if preferences.is_text else None
         return split, lambda found, _, labels: loss(found, labels), others
-
-
-def answer_loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
-    """Return the cross-entropy of the safe answers to marked images or refused texts; see `mixtures.MarkedLoss`."""
-    return answers.answer_loss(logits, labels)

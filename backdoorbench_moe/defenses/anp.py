@@ -14,8 +14,8 @@ from backdoorbench_moe.defenses.masking import (
     MaskedModel,
     MaskPruning,
     batch_statistics,
-    batches,
     images_of_steps,
+    shuffled_batches,
 )
 from backdoorbench_moe.moe.units import Units
 from backdoorbench_moe.ops.images import Split
@@ -96,7 +96,7 @@ class ANP(MaskPruning):
         draws = generator(task.seed, "changes")
         with batch_statistics(task.model):
             for step, batch in enumerate(
-                islice(batches(task.clean, self.batch_size, task.seed), self.steps), 1
+                islice(shuffled_batches(task.clean, self.batch_size, task.seed), self.steps), 1
             ):
                 noise, shifts = self._worst_change(masked, batch, draws)
                 loss = (1 - self.alpha) * masked.loss(batch, noise, shifts)

@@ -26,7 +26,7 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.norms import batch_norms
 from backdoorbench_moe.moe.pairing import convolutions_before
 from backdoorbench_moe.moe.pruning import silence
-from backdoorbench_moe.moe.structure import Structured
+from backdoorbench_moe.moe.structure import Structured, channels_of
 from backdoorbench_moe.moe.trial import noise_for
 from backdoorbench_moe.moe.units import gate_units, prune
 from backdoorbench_moe.ops.outliers import studentised
@@ -90,7 +90,7 @@ class CLP(Defense):
         sizes = [
             len(group.scores)
             for layer in layers
-            for group in groups_of(model, places[layer], torch.zeros(_rows(layer)), experts=experts)
+            for group in groups_of(model, places[layer], torch.zeros(channels_of(layer)), experts=experts)
         ]
         check_deviations(self.u, sizes)
 
@@ -207,8 +207,3 @@ def _named_prunable(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, Structured):
         return []
     return [group.layer for groups in model.prunable().values() for group in groups]
-
-
-def _rows(layer: nn.Module) -> int:
-    assert isinstance(layer.weight, Tensor)
-    return len(layer.weight)

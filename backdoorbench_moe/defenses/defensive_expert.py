@@ -13,7 +13,7 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
-from backdoorbench_moe.defenses.mixtures import images_of_task, mixture_of, routers_of, safe_preferences
+from backdoorbench_moe.defenses.mixtures import images_of_task, mixture_of, safe_preferences
 from backdoorbench_moe.defenses.routers import reset_routers, router_lr
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.expert_tuning.latents import FIRST_TOKENS, Layers, choose_layers
@@ -139,7 +139,7 @@ class DefensiveExpert(Defense):
             concatenate(task.tasks),
             epochs=self.gate_epochs,
             lr=router_lr(task, self.gate_lr),
-            modules=routers_of(mixture),
+            modules=mixture.routers(),
         )
         judged = Judgement(
             "expert",

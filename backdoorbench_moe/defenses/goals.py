@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from backdoorbench_moe.defenses.stamps import blend_pattern, keep_tiles, stamp_all
 from backdoorbench_moe.moe.capture import Choice, choice_of, of_experts, patch_losses
+from backdoorbench_moe.moe.precision import in_precision
 from backdoorbench_moe.moe.routed import RoutedModel, Routing
 from backdoorbench_moe.ops.images import Split, as_input
 
@@ -83,11 +83,6 @@ class Goal(ABC):
         """Return the numbers of the clean images on which the success of a stamp is measured, (n,) int64."""
         return torch.arange(len(self.clean), device=self.clean.images.device)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return a context for passes through the model."""
-        device = self.clean.images.device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-
 
 class ClassGoal(Goal):
     """The model classifies images of other classes as the target class; the loss is the cross-entropy.
@@ -116,7 +111,7 @@ class ClassGoal(Goal):
     def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
         """Predict, and compare with the target classes."""
         labels = torch.tensor(targets, device=rows.device).unsqueeze(1)
-        with self.autocast():
+        with in_precision(rows.device, self.precision):
             logits = self.model(_flat(stamped))
         logits = logits.float().unflatten(0, stamped.shape[:2])
         others = self.clean.labels[rows] != labels
@@ -194,7 +189,7 @@ class ExpertGoal(Goal):
 
     def outcome(self, stamped: Tensor, rows: Tensor, targets: Sequence[int]) -> Outcome:
         """Route, and compare with the target experts, layer by layer."""
-        with self.autocast():
+        with in_precision(rows.device, self.precision):
             routing = self.model.forward_routed(_flat(stamped)).routing
         found: list[Outcome] = []
         first = 0

@@ -18,6 +18,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.requirements import Scope, check_tuning, modules_in
 from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_shape, canvas_side, check_patch_size
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.precision import full_precision
 from backdoorbench_moe.ops.hypergradient import fixed_point_hypergradient
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_share, check_weight
@@ -131,7 +132,7 @@ class IBAU(Defense):
         """Alternate between searching for the perturbation and unlearning it."""
         game = self._game(task)
         # Fused attention kernels have no second derivatives.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(task.device.type, enabled=False):
+        with sdpa_kernel(SDPBackend.MATH), full_precision(task.device):
             for number in range(self.rounds):
                 tile = self._seek(task, game, number)
                 self._unlearn(task, game, tile, number)

@@ -14,6 +14,7 @@ from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.filters import InputFilter, Score
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.temporary import hooked, restored
 from backdoorbench_moe.moe.units import norm_units
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.ops.ranges import check_integer, check_share
@@ -141,12 +142,12 @@ def norms_in_order(task: DefenseTask, images: Tensor) -> list[nn.Module]:
     """
     found: dict[nn.Module, None] = {}
     norms = [task.model.get_submodule(units.layer) for units in norm_units(task.model)]
-    hooks = [norm.register_forward_pre_hook(lambda module, _: found.update({module: None})) for norm in norms]
-    try:
+
+    def note(module: nn.Module, _: object) -> None:
+        found[module] = None
+
+    with hooked(norm.register_forward_pre_hook(note) for norm in norms):
         task.logits(task.model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return list(found)
 
 
@@ -154,13 +155,8 @@ def norms_in_order(task: DefenseTask, images: Tensor) -> list[nn.Module]:
 def scaled(norms: Sequence[nn.Module], factor: float) -> Iterator[None]:
     """Multiply the scales and shifts of norms inside the block. Afterwards, they are restored exactly."""
     tensors = [p for norm in norms for p in (norm.weight, norm.bias) if isinstance(p, Tensor)]
-    kept = [tensor.detach().clone() for tensor in tensors]
-    try:
+    with restored(tensors):
         with torch.no_grad():
             for tensor in tensors:
                 tensor.mul_(factor)
         yield
-    finally:
-        with torch.no_grad():
-            for tensor, values in zip(tensors, kept, strict=True):
-                tensor.copy_(values)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backdoorbench_moe.defenses.goals import Goal
 from backdoorbench_moe.defenses.stamps import canvas_shape
+from backdoorbench_moe.moe.temporary import frozen
 from backdoorbench_moe.ops.seeding import generator
 
 # As in the original code: the first weight of the size, and the factors by which it is raised and lowered.
@@ -143,7 +143,7 @@ def invert(
     """
     images = goal.clean.images
     found = [_Target(number, _start(number, goal, search)) for number in targets]
-    with frozen(goal.model):
+    with frozen(goal.model.parameters()):
         pixels = search.batch_size * images[0, 0].numel()
         at_once = search.at_once or max(1, PIXELS_AT_ONCE // pixels)
         starts = range(0, len(found), at_once)
@@ -234,16 +234,3 @@ def _run_epoch(
         counts += outcome.counts
     optimizer.zero_grad(set_to_none=True)
     return hits.tolist(), counts.tolist()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Disable gradients of all parameters inside the block."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)

@@ -19,6 +19,8 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import clean_accuracy, treats_experts
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.precision import in_precision
+from backdoorbench_moe.moe.temporary import restored
 from backdoorbench_moe.moe.units import Units, expert_units, gate_units, masked_tensors, norm_units, prune
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.ops.ranges import check_interval, check_weight
@@ -208,18 +210,16 @@ def highest_threshold(
     """
     state = task.model.state_dict()
     names = {name for units, _ in masks for name in units.rows}
-    kept = {name: state[name].clone() for name in names}
     before = clean_accuracy(task)
     chosen: float | None = None
     accuracies: dict[float, float] = {}
-    for threshold in LADDER:
-        prune_low(task.model, masks, threshold)
-        accuracies[threshold] = clean_accuracy(task)
-        if accuracies[threshold] < before - drop:
-            break
-        chosen = threshold
-    for name, values in kept.items():
-        state[name].copy_(values)
+    with restored(state[name] for name in names):
+        for threshold in LADDER:
+            prune_low(task.model, masks, threshold)
+            accuracies[threshold] = clean_accuracy(task)
+            if accuracies[threshold] < before - drop:
+                break
+            chosen = threshold
     return chosen, accuracies
 
 
@@ -258,8 +258,7 @@ class MaskedModel:
         factors = self.masks if noise is None else [m + n for m, n in zip(self.masks, noise, strict=True)]
         tensors = masked_tensors(self.model, list(zip(self.units, factors, strict=True)), shifts)
         images = as_input(split.images)
-        # bf16 has the range of float32, so losses need no scaling.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with in_precision(self.device, self.precision):
             logits = functional_call(self.model, tensors, (images,))
         return F.cross_entropy(logits.float(), split.labels)
 
@@ -276,7 +275,7 @@ class MaskedModel:
             mask.clamp_(LEAST_EXPERT if units.kind == "expert" else 0, 1)
 
 
-def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
+def shuffled_batches(split: Split, size: int, seed: int) -> Iterator[Split]:
     """Yield batches indefinitely: all images in a new random order in each epoch.
 
     Args:
@@ -289,7 +288,7 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
         ValueError: There are fewer than two images.
     """
     if len(split) < 2:
-        raise ValueError(f"batches: expected at least 2 images, got {len(split)}")
+        raise ValueError(f"shuffled_batches: expected at least 2 images, got {len(split)}")
     epoch = 0
     while True:
         order = torch.randperm(len(split), generator=generator(seed, "masks", epoch))
@@ -300,12 +299,12 @@ def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
 
 
 def steps_of_epoch(count: int, size: int) -> int:
-    """Return the number of batches in an epoch of `batches`, for `count` images in batches of `size`."""
+    """Return the number of batches in an epoch of `shuffled_batches`, for `count` images in batches of `size`."""
     return count // size + (count % size > 1)
 
 
 def images_of_steps(count: int, size: int, steps: int) -> int:
-    """Return the number of images in the first `steps` batches of `batches`; see `steps_of_epoch`."""
+    """Return the number of images in the first `steps` batches of `shuffled_batches`; see `steps_of_epoch`."""
     epochs, left = divmod(steps, steps_of_epoch(count, size))
     used = count - (count % size == 1)
     return epochs * used + min(left * size, used)
@@ -315,13 +314,12 @@ def images_of_steps(count: int, size: int, steps: int) -> int:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Inside the block, batch norms normalise with the statistics of the batch; afterwards, buffers are restored."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    kept = [(module.training, [buffer.clone() for buffer in module.buffers()]) for module in norms]
-    try:
-        for module in norms:
-            module.train()
-        yield
-    finally:
-        for module, (training, buffers) in zip(norms, kept, strict=True):
-            module.train(training)
-            for buffer, values in zip(module.buffers(), buffers, strict=True):
-                buffer.copy_(values)
+    modes = [module.training for module in norms]
+    with restored(buffer for module in norms for buffer in module.buffers()):
+        try:
+            for module in norms:
+                module.train()
+            yield
+        finally:
+            for module, training in zip(norms, modes, strict=True):
+                module.train(training)

@@ -43,11 +43,6 @@ def images_of_task(mixture: object, held: int) -> int:
     return max(1, held // mixture_of(mixture).num_experts)
 
 
-def routers_of(mixture: MergedModel) -> list[nn.Module]:
-    """Return the routers of a mixture, first layer first."""
-    return [layer.router for layer in mixture.layers()]
-
-
 def experts_in(layers: list[MoELayer]) -> list[nn.Module]:
     """Return the modules of the experts of some layers."""
     return [layer.experts for layer in layers]
@@ -86,6 +81,11 @@ def strongest_other(logits: Tensor, answers: Tensor) -> Tensor:
         (B,) int64.
     """
     return logits.scatter(1, answers.unsqueeze(1), float("-inf")).argmax(1)
+
+
+def safe_answer_loss(logits: Tensor, _: list[Tensor], labels: Tensor) -> Tensor:
+    """Return the cross-entropy of the safe answers to marked images or refused texts; see `MarkedLoss`."""
+    return answer_loss(logits, labels)
 
 
 def alignment_objective(

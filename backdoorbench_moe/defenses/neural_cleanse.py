@@ -17,7 +17,7 @@ from backdoorbench_moe.defenses.goals import ClassGoal, ExpertGoal, Goal
 from backdoorbench_moe.defenses.inversion import Found, Search, invert
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import experts_of
-from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
+from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
 from backdoorbench_moe.defenses.stamps import (
     ApplicatorName,
     blend_pattern,
@@ -150,7 +150,7 @@ class NeuralCleanse(Defense):
         success = SUCCESS[toward] if success is None else success
         check_interval("success", success, "(0, 1)")
         check_positive(threshold=threshold, lr=lr)
-        check_share(share)
+        check_interval("share", share, "(0, 1]")
         check_patch_size(applicator, patch_size)
         if toward == "experts" and patch_size is not None:
             raise ConfigError.expected("patch_size", "none for toward=experts", patch_size)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
-from backdoorbench_moe.defenses.align import answer_loss
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.mixtures import (
@@ -17,7 +16,7 @@ from backdoorbench_moe.defenses.mixtures import (
     experts_in,
     images_of_task,
     mixture_of,
-    routers_of,
+    safe_answer_loss,
 )
 from backdoorbench_moe.defenses.routers import router_lr
 from backdoorbench_moe.ops.answers import mean_weights, text_positions
@@ -107,8 +106,8 @@ class RASA(Defense):
             return self.kl_weight * torch.stack(layers).mean()
 
         steps = (
-            (experts_in(mixture.layers()), answer_loss, self.lr),
-            (routers_of(mixture), routing_loss, router_lr(task, self.gate_lr)),
+            (experts_in(mixture.layers()), safe_answer_loss, self.lr),
+            (mixture.routers(), routing_loss, router_lr(task, self.gate_lr)),
         )
         for number in range(self.rounds):
             for modules, loss, lr in steps:

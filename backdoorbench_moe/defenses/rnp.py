@@ -16,10 +16,11 @@ from backdoorbench_moe.defenses.masking import (
     MaskedModel,
     MaskPruning,
     batch_statistics,
-    batches,
     images_of_steps,
+    shuffled_batches,
     steps_of_epoch,
 )
+from backdoorbench_moe.moe.precision import in_precision
 from backdoorbench_moe.moe.units import Units
 from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.ranges import check_integer, check_positive, check_share
@@ -105,7 +106,9 @@ class RNP(MaskPruning):
         optimizer = torch.optim.SGD(masked.masks, lr=self.mask_lr, momentum=MOMENTUM)
         steps = self.epochs * steps_of_epoch(len(task.clean), self.batch_size)
         with batch_statistics(unlearned):
-            for step, batch in enumerate(islice(batches(task.clean, self.batch_size, task.seed), steps), 1):
+            for step, batch in enumerate(
+                islice(shuffled_batches(task.clean, self.batch_size, task.seed), steps), 1
+            ):
                 loss = LOSS_WEIGHT * masked.loss(batch)
                 masked.backward(loss)
                 optimizer.step()
@@ -130,13 +133,13 @@ class RNP(MaskPruning):
             model.parameters(), lr=self.unlearn_lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
         )
         steps = steps_of_epoch(len(task.clean), self.batch_size)
-        feed = batches(task.clean, self.batch_size, task.seed)
+        feed = shuffled_batches(task.clean, self.batch_size, task.seed)
         model.train()
         accuracy = 100.0
         for epoch in range(1, self.epochs + 1):
             hits = torch.zeros((), dtype=torch.int64, device=task.device)
             for batch in islice(feed, steps):
-                with torch.autocast(task.device.type, torch.bfloat16, enabled=task.precision == "bf16"):
+                with in_precision(task.device, task.precision):
                     logits = model(as_input(batch.images))
                 optimizer.zero_grad(set_to_none=True)
                 (-F.cross_entropy(logits.float(), batch.labels)).backward()

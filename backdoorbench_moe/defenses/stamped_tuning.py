@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.defenses.losses import training_loss
 from backdoorbench_moe.moe.routed import forward
-from backdoorbench_moe.ops.ranges import check_interval
 from backdoorbench_moe.ops.tuning import Objective
 
 # From images (B, 3, H, W) in [0, 1] to stamped ones; it may draw from torch's global generator.
@@ -36,8 +35,3 @@ def stamped_objective(stamp: Stamp, share: float, label_smoothing: float = 0.0) 
         return logits, training_loss(logits, routing, labels, label_smoothing=label_smoothing)
 
     return objective
-
-
-def check_share(share: float) -> None:
-    """Raise ConfigError if a share of a batch is not in (0, 1]."""
-    check_interval("share", share, "(0, 1]")

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.structure import DEFAULT_PATCH_SIZE, patch_size_of
 from backdoorbench_moe.ops.patches import tile, untile
 
 ApplicatorName = Literal["image", "patch"]
-
-# Side of the tiles for models without patches, as in BadPatches.
-DEFAULT_PATCH_SIZE = 4
 
 # From canvases (N, 3, h, w) in [0, 1] and the values of K stamps to the stamped canvases, (K, N, 3, h, w) in [0, 1].
 Stamp = Callable[[Tensor, Tensor], Tensor]
@@ -109,8 +107,8 @@ def canvas_side(
     """
     if applicator == "image":
         return None
-    own = getattr(model, "patch_size", None)
-    side = (own if isinstance(own, int) else DEFAULT_PATCH_SIZE) if patch_size is None else patch_size
+    own = patch_size_of(model)
+    side = (DEFAULT_PATCH_SIZE if own is None else own) if patch_size is None else patch_size
     if image_size % side:
         raise ConfigError.expected("patch_size", f"a divisor of the image's {image_size} pixels", side)
     return side

@@ -18,6 +18,7 @@ from backdoorbench_moe.defenses.random_stamps import Tiles, apply_all, draw_stam
 from backdoorbench_moe.defenses.requirements import check_tuning
 from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_side, check_patch_size
 from backdoorbench_moe.moe.routed import auxiliary_loss, forward
+from backdoorbench_moe.moe.temporary import evaluation_mode
 from backdoorbench_moe.ops.augmentation import crop, flip
 from backdoorbench_moe.ops.ranges import check_integer, check_interval, check_positive
 from backdoorbench_moe.ops.tuning import Objective
@@ -143,9 +144,8 @@ class TileDistillation(Defense):
 
     def _disagree(self, model: nn.Module, wanted: Tensor, images: Tensor) -> Tensor:
         """Return the loss in evaluation mode, so that these images are not part of the batch norms' statistics."""
-        model.eval()
-        logits, _ = forward(model, images)
-        model.train()
+        with evaluation_mode(model):
+            logits, _ = forward(model, images)
         return softened_loss(logits, wanted, self.temperature)
 
 

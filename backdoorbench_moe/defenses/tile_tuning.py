@@ -11,7 +11,7 @@ from torch import nn
 from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.random_stamps import Tiles, stamp_at_random
 from backdoorbench_moe.defenses.requirements import check_tuning
-from backdoorbench_moe.defenses.stamped_tuning import check_share, stamped_objective
+from backdoorbench_moe.defenses.stamped_tuning import stamped_objective
 from backdoorbench_moe.defenses.stamps import ApplicatorName, canvas_side, check_patch_size
 from backdoorbench_moe.ops.ranges import check_interval
 
@@ -60,7 +60,7 @@ class TileTuning(Defense):
     ) -> None:
         super().__init__(clean_fraction=clean_fraction)
         check_tuning(epochs, lr, at_least=1)
-        check_share(share)
+        check_interval("share", share, "(0, 1]")
         check_interval("saturated", saturated, "[0, 1]")
         check_patch_size(applicator, patch_size)
         self.tiles, self.saturated = tiles, saturated

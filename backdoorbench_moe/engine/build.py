@@ -21,15 +21,12 @@ from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.gates.base import Gate
 from backdoorbench_moe.moe.merging import MergedModel, check_mergeable
 from backdoorbench_moe.moe.routed import RoutedModel
-from backdoorbench_moe.moe.structure import TEXT_OPTIONS, Merged, MergesItself, takes_text
+from backdoorbench_moe.moe.structure import DEFAULT_PATCH_SIZE, TEXT_OPTIONS, Merged, MergesItself, takes_text
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.options import REQUIRED
 from backdoorbench_moe.registry import Registry
 from backdoorbench_moe.splitters.base import Splitter
 from backdoorbench_moe.triggers.base import Trigger
-
-# The tile of BadPatches for a model without patches (section 4: 4x4 on 32x32 images).
-DEFAULT_PATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -245,12 +242,6 @@ def build_stamper(spec: RunSpec, *, patch_size: int | None, image_size: int) -> 
     stamper = Stamper(trigger, applicator)
     stamper(torch.full((1, 3, image_size, image_size), 0.5))
     return stamper
-
-
-def model_patch_size(model: nn.Module) -> int | None:
-    """Side of the model's patches in pixels; None if it has none."""
-    size = getattr(model, "patch_size", None)
-    return size if isinstance(size, int) else None
 
 
 def describe(part: object) -> dict[str, Any]:

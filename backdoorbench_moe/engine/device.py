@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.precision import in_precision
 
 RECORDED_PACKAGES = ("backdoorbench-moe", "torch", "torchvision", "timm", "kornia", "numpy", "scipy")
 
@@ -63,10 +64,9 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     For training in bf16 on a CPU, fused attention kernels are disabled, because their backward pass takes more than
     twice as long there.
     """
-    reduced = precision == "bf16"
-    unfused = reduced and device.type == "cpu" and torch.is_grad_enabled()
+    unfused = precision == "bf16" and device.type == "cpu" and torch.is_grad_enabled()
     with (
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced),
+        in_precision(device, precision),
         sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext(),
     ):
         yield

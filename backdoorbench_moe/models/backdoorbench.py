@@ -13,7 +13,7 @@ from torchvision.transforms import Resize
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models.backdoorbench_networks import PreActResNet18, ResNeXt29, SENet18
-from backdoorbench_moe.models.checks import check_colours, check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_colours, check_image_size, check_sizes
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.options import FilePath
 
@@ -96,7 +96,7 @@ class BackdoorBenchModel(nn.Module):
         weights: FilePath | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_sizes(num_classes=num_classes)
         check_image_size(image_size, at_least=8)
         if architecture not in ARCHITECTURES:
             raise UnknownNameError("architecture", architecture, ARCHITECTURES)
@@ -202,12 +202,12 @@ class BackdoorBenchModel(nn.Module):
             conv = last.get_submodule("conv2")
             assert isinstance(conv, nn.Conv2d)
             return {"trunk": [ChannelGroup.whole("trunk", conv)]}
-        branches = [branch for branch in self.trunk.modules() if isinstance(branch, _Unheard)]
-        unheard = {layer for branch in branches for layer in branch.modules()}
+        branches = [branch for branch in self.trunk.modules() if isinstance(branch, _NotComputed)]
+        not_computed = {layer for branch in branches for layer in branch.modules()}
         layers = [
             layer
             for layer in self.trunk.modules()
-            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d) and layer not in unheard
+            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d) and layer not in not_computed
         ]
         found = [
             ChannelGroup.whole("trunk", layer, after)
@@ -219,7 +219,7 @@ class BackdoorBenchModel(nn.Module):
         return {"trunk": found[-1:]} if found else {}
 
 
-class _Unheard(nn.Module):
+class _NotComputed(nn.Module):
     """An auxiliary classifier whose weights are kept but which is not computed."""
 
     def __init__(self, branch: nn.Module) -> None:
@@ -238,7 +238,7 @@ def _build(architecture: str, num_classes: int) -> nn.Module:
     if architecture in AUXILIARY:
         network: Any = make(weights=None, num_classes=num_classes, init_weights=False)
         for name in AUXILIARY[architecture]:
-            setattr(network, name, _Unheard(network.get_submodule(name)))
+            setattr(network, name, _NotComputed(network.get_submodule(name)))
         network.aux_logits = False  # The output is then a tensor in training, too.
         return network
     network = make(weights=None, num_classes=num_classes)

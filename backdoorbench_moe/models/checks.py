@@ -9,7 +9,7 @@ from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.ranges import check_integer
 
 
-def check_positive(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     """Check that sizes are at least 1.
 
     Raises:

@@ -11,7 +11,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_image_size, check_sizes
 from backdoorbench_moe.moe.structure import ChannelGroup
 from backdoorbench_moe.ops.ranges import check_integer
 
@@ -66,7 +66,7 @@ class ConvNeXt(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes, depth=depth)
+        check_sizes(num_classes=num_classes, depth=depth)
         check_image_size(image_size, at_least=2)
         check_integer("features", features, 2)
         if kernel_size < 1 or kernel_size % 2 == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.precision import full_precision
 from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.structure import patch_size_of
 
 # The methods of a model that take images.
 TAKES_IMAGES = ("forward", "forward_routed", "extract_features")
@@ -66,8 +67,7 @@ def prepare_inputs(
 
 def _scale_patches(model: nn.Module, resize: int, image_size: int) -> None:
     """Convert the attribute `patch_size` to pixels before resizing."""
-    size = getattr(model, "patch_size", None)
-    if not isinstance(size, int):
+    if (size := patch_size_of(model)) is None:
         return
     scaled, rest = divmod(size * image_size, resize)
     if rest and isinstance(model, RoutedModel):

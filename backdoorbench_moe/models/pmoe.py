@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.models.checks import check_positive
+from backdoorbench_moe.models.checks import check_sizes
 from backdoorbench_moe.models.wrn_blocks import (
     SameConv2d,
     WideTrunk,
@@ -182,7 +182,7 @@ class PMoE(RoutedModel):
         bn_momentum: float = 0.01,
     ) -> None:
         super().__init__()
-        check_positive(
+        check_sizes(
             num_classes=num_classes,
             widen_factor=widen_factor,
             moe_channels=moe_channels,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_image_size, check_sizes
 from backdoorbench_moe.moe.structure import ChannelGroup
 
 # Below 8 channels, oneDNN's backward pass of a strided 1x1 convolution writes out of bounds on CPUs with AVX2 but
@@ -64,7 +64,7 @@ class PreActResNet18(nn.Module):
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_sizes(num_classes=num_classes)
         if width < MIN_WIDTH:
             raise ConfigError.expected(
                 "width", f"at least {MIN_WIDTH} (narrower shortcuts crash oneDNN on some CPUs)", width

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorbench_moe.moe.structure import takes_text
+from backdoorbench_moe.moe.temporary import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,12 @@ def profile_model(model: nn.Module, size: int) -> ModelProfile:
         model: The model, on any device. On "meta", layers in which tokens choose experts cannot be computed.
         size: Side of the image in pixels; for a model of texts, the number of tokens.
     """
-    training = {module: module.training for module in model.modules()}
     example = _example(model, size)
     counter = FlopCounterMode(display=False)
-    model.eval()
-    try:
-        # The counter supports the plain implementation of attention on every device. Gradients are enabled, since
-        # without them its module hooks fail on models with learned tokens.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(example)
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    # The counter supports the plain implementation of attention on every device. Gradients are enabled, since without
+    # them its module hooks fail on models with learned tokens.
+    with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(example)
     stored = model.state_dict().keys()
     return ModelProfile(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -15,7 +15,7 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_image_size, check_sizes
 from backdoorbench_moe.models.timm_merging import plain_transformer
 from backdoorbench_moe.moe.structure import ChannelGroup
 
@@ -71,7 +71,7 @@ class TimmModel(nn.Module):
         num_heads: int | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_sizes(num_classes=num_classes)
         check_image_size(image_size, at_least=1)
         _check_architecture(architecture)
         outline = _outline(architecture)
@@ -173,11 +173,8 @@ class TimmModel(nn.Module):
     def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the network; return the logits and the inputs of all calls of the last layer."""
         seen: list[Tensor] = []
-        hook = self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
+        with self._last_layer().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
             return self.network(images), seen
-        finally:
-            hook.remove()
 
     def _check_features(self) -> None:
         if not self._has_features:
@@ -296,7 +293,7 @@ def _choose_patch_size(
 def _choose_sizes(architecture: str, outline: nn.Module, **sizes: int | None) -> dict[str, int]:
     """Return the sizes that are set. Raise ConfigError if the architecture does not take one or it is below 1."""
     wanted = {name: size for name, size in sizes.items() if size is not None}
-    check_positive(**wanted)
+    check_sizes(**wanted)
     for name, size in wanted.items():
         annotation = inspect.signature(type(outline).__init__).parameters.get(name)
         # The sizes of a network with several stages are tuples, which cannot be set.

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_image_size, check_sizes
 from backdoorbench_moe.moe.structure import ChannelGroup
 
 # Channels of the 13 convolutions as multiples of `width`; "M" is max pooling, which halves the map.
@@ -37,7 +37,7 @@ class VGG16BN(nn.Module):
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 32, width: int = 64) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes, width=width)
+        check_sizes(num_classes=num_classes, width=width)
         check_image_size(image_size, at_least=32)
         layers = [item if isinstance(item, str) else item * width for item in _CONVOLUTIONS]
         self.features = make_layers(layers, batch_norm=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.models.checks import check_image_size, check_positive
+from backdoorbench_moe.models.checks import check_image_size, check_sizes
 from backdoorbench_moe.models.wrn_blocks import (
     WideBlock,
     WideTrunk,
@@ -53,7 +53,7 @@ class WideResNet(nn.Module):
         bn_momentum: float = 0.01,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_sizes(num_classes=num_classes)
         if not 1 <= widen_factor < math.inf:
             raise ConfigError.expected("widen_factor", "a number of at least 1", widen_factor)
         check_image_size(image_size, at_least=4)

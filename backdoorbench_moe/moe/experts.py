@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.moe.pruning import held_at_zero
 from backdoorbench_moe.moe.structure import Expert
+from backdoorbench_moe.moe.temporary import hooked, restored
 
 
 @torch.no_grad()
@@ -30,17 +31,11 @@ def mute(model: nn.Module, experts: Iterable[Expert]) -> None:
 def muted(model: nn.Module, experts: Iterable[Expert]) -> Iterator[None]:
     """Mute experts inside the block, and restore their weights bit for bit afterwards."""
     experts, state = list(experts), model.state_dict()
-    kept = [
-        (state[name][start:stop], state[name][start:stop].clone())
-        for expert in experts
-        for name, (start, stop) in expert.output.items()
-    ]
-    try:
+    with restored(
+        state[name][start:stop] for expert in experts for name, (start, stop) in expert.output.items()
+    ):
         mute(model, experts)
         yield
-    finally:
-        for rows, values in kept:
-            rows.copy_(values)
 
 
 @contextmanager
@@ -89,11 +84,8 @@ def replaced_output(expert: Expert, values: Tensor) -> Iterator[None]:
         changed[:, start:stop] = values.to(output.dtype)
         return changed
 
-    hook = expert.tap.register_forward_hook(replace)
-    try:
+    with expert.tap.register_forward_hook(replace):
         yield
-    finally:
-        hook.remove()
 
 
 def expert_outputs(experts: Sequence[Expert], run: Callable[[], object]) -> list[Tensor]:
@@ -110,12 +102,8 @@ def expert_outputs(experts: Sequence[Expert], run: Callable[[], object]) -> list
         ValueError: `run` passes no batch or more than one.
     """
     found: dict[nn.Module, list[Tensor]] = {expert.tap: [] for expert in experts}
-    hooks = [tap.register_forward_hook(lambda m, _, output: found[m].append(output)) for tap in found]
-    try:
+    with hooked(tap.register_forward_hook(lambda m, _, output: found[m].append(output)) for tap in found):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if any(len(outputs) != 1 for outputs in found.values()):
         raise ValueError("expert_outputs: expected the run to pass exactly one batch")
     return [found[expert.tap][0][:, slice(*expert.channels)] for expert in experts]

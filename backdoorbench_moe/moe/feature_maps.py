@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.structure import Structured
+from backdoorbench_moe.moe.temporary import hooked
 
 # Norms are excluded, since they belong to the following layer as often as to the preceding one. Modules that may
 # process attention weights are excluded because these have two dimensions of positions and no features.
@@ -124,11 +125,8 @@ def list_feature_maps(model: nn.Module, images: Tensor, *, before_experts: bool 
         hooks += [
             each.register_forward_pre_hook(lambda *_: routed.append(True)) for each in _routing_parts(model)
         ]
-    try:
+    with hooked(hooks):
         model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [each for name, each in found.items() if calls[name] == 1]
 
 
@@ -150,15 +148,11 @@ def collect_feature_maps(model: nn.Module, maps: Sequence[FeatureMap]) -> Iterat
 
         return hook
 
-    hooks = [
+    with hooked(
         model.get_submodule(each.name).register_forward_hook(keep(place, each.channels))
         for place, each in enumerate(maps)
-    ]
-    try:
+    ):
         yield features
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -25,8 +25,10 @@ from backdoorbench_moe.moe.structure import (
     WithFeatures,
     WithMLPs,
     data_options,
+    patch_size_of,
     takes_text,
 )
+from backdoorbench_moe.moe.temporary import hooked, restored
 
 # Prefix of the names of the dense model's modules in a merged model.
 NETWORK = "network."
@@ -49,7 +51,7 @@ def check_mergeable(model: nn.Module) -> WithMLPs:
         methods = "a method mlps" if text else "methods mlps and token_layout"
         raise _refusal(model, f"expected {methods} (see backdoorbench_moe.moe.structure)")
     mlps = model.mlps()
-    if not text and not isinstance(getattr(model, "patch_size", None), int):
+    if not text and patch_size_of(model) is None:
         raise _refusal(model, "expected an attribute patch_size, the side of a patch in pixels")
     if not mlps:
         raise _refusal(model, "it has no MLPs")
@@ -283,14 +285,10 @@ def only_expert(merged: MergedModel, index: int) -> Iterator[None]:
     """
     _check_expert(merged, index)
     masks = [layer.router.get_buffer("masked") for layer in merged.layers()]
-    kept = [mask.clone() for mask in masks]
-    try:
+    with restored(masks):
         for mask in masks:
             mask.copy_(torch.arange(merged.num_experts, device=mask.device) != index)
         yield
-    finally:
-        for mask, before in zip(masks, kept, strict=True):
-            mask.copy_(before)
 
 
 def _check_expert(merged: MergedModel, index: int) -> None:
@@ -350,12 +348,8 @@ def mlp_inputs(model: nn.Module, names: Collection[str] | None = None) -> Iterat
         return hook
 
     wanted = [name for name in modules if names is None or name in names]
-    hooks = [modules[name].register_forward_pre_hook(keep(name)) for name in wanted]
-    try:
+    with hooked(modules[name].register_forward_pre_hook(keep(name)) for name in wanted):
         yield found
-    finally:
-        for registered in hooks:
-            registered.remove()
 
 
 def gate_weights(routing: Routing) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backdoorbench_moe.moe.temporary import hooked
+
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the batch norms of a model that have a scale and running statistics, by name."""
@@ -76,12 +78,8 @@ def input_moments(
         if values.numel():
             found.setdefault(module, _Moments()).add(values.detach().float())
 
-    hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in dict.fromkeys(modules)]
-    try:
+    with hooked(m.register_forward_pre_hook(add, with_kwargs=True) for m in dict.fromkeys(modules)):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if any(each.count < 2 for each in found.values()):
         raise ValueError("input_moments: expected the run to pass at least two values a channel")
     return {

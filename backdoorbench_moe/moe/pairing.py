@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from backdoorbench_moe.moe.norms import batch_norms
+from backdoorbench_moe.moe.temporary import hooked
 
 
 def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str, ...]]:
@@ -32,19 +33,20 @@ def convolutions_before(model: nn.Module, images: Tensor) -> dict[str, tuple[str
     """
     made: dict[Any, str] = {}
     taken: dict[str, Any] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd):
-            hooks.append(module.register_forward_hook(_remember(made, name)))
-    for name, norm in batch_norms(model).items():
-        hooks.append(norm.register_forward_pre_hook(_remember_input(taken, name)))
-    try:
-        with torch.enable_grad():
-            # The images need a gradient so that the graph is recorded even if all parameters are frozen.
-            model(images.detach().clone().requires_grad_())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [
+        *(
+            module.register_forward_hook(_remember(made, name))
+            for name, module in model.named_modules()
+            if isinstance(module, _ConvNd)
+        ),
+        *(
+            norm.register_forward_pre_hook(_remember_input(taken, name))
+            for name, norm in batch_norms(model).items()
+        ),
+    ]
+    with hooked(hooks), torch.enable_grad():
+        # The images need a gradient so that the graph is recorded even if all parameters are frozen.
+        model(images.detach().clone().requires_grad_())
     direct = {node for node in taken.values() if node in made}
     found = {
         name: [made[term] for term in _terms(node) if term in made and (term is node or term not in direct)]

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from backdoorbench_moe.moe.temporary import hooked
+
 Call = tuple[nn.Module, Any]
 
 
@@ -65,11 +67,8 @@ def _record(model: nn.Module, stop: set[nn.Module], run: Callable[[], object]) -
 
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
-    try:
+    with hooked(hooks):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return records
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from backdoorbench_moe.moe.temporary import hooked
+
 
 def channel_means(
     modules: Iterable[nn.Module], run: Callable[[], object], *, rectify: bool
@@ -39,12 +41,8 @@ def channel_means(
         counts[module] = counts.get(module, 0) + output.numel() // output.shape[at]
 
     wanted = list(dict.fromkeys(modules))
-    hooks = [module.register_forward_hook(add) for module in wanted]
-    try:
+    with hooked(module.register_forward_hook(add) for module in wanted):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if len(sums) < len(wanted):
         raise ValueError("channel_means: expected `run` to call every module")
     # Converted to Python numbers and back, since operations on inference tensors may fail outside inference mode.
@@ -91,16 +89,12 @@ def held_at_zero(rows: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
         rows: Parameters and the indices of their rows, (n,) int64, which must be zero. Parameters that do not require
             gradients get no hook; they must not be made to require gradients inside the block.
     """
-    hooks = [
+    with hooked(
         parameter.register_post_accumulate_grad_hook(_clear(chosen.to(parameter.device)))
         for parameter, chosen in rows
         if parameter.requires_grad
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _clear(rows: Tensor) -> Callable[[Tensor], None]:

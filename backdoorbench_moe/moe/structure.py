@@ -18,6 +18,9 @@ from torch import Tensor, nn
 IMAGE_OPTIONS = ("num_classes", "image_size")
 TEXT_OPTIONS = ("vocabulary", "context")
 
+# Side in pixels of the tiles of a model without patches, as in BadPatches (section 4: 4x4 on 32x32 images).
+DEFAULT_PATCH_SIZE = 4
+
 
 def data_options(model: object) -> tuple[str, ...]:
     """Return the names of the keyword arguments for the data that a model or its class takes."""
@@ -27,6 +30,12 @@ def data_options(model: object) -> tuple[str, ...]:
 def takes_text(model: object) -> bool:
     """Return whether a model or its class maps token ids (B, T) int64 to logits (B, T, vocabulary)."""
     return set(TEXT_OPTIONS) <= set(data_options(model))
+
+
+def patch_size_of(model: nn.Module) -> int | None:
+    """Return the side of a model's patches in pixels, its attribute `patch_size`; None if it has none."""
+    size = getattr(model, "patch_size", None)
+    return size if isinstance(size, int) else None
 
 
 @dataclass(frozen=True)

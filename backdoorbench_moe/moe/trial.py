@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.moe.temporary import evaluation_mode
+
 
 @contextmanager
 def noise_for(model: nn.Module, image_size: int, count: int = 2) -> Iterator[Tensor]:
-    """Put a model in evaluation mode inside the block, and restore the mode of each of its modules afterwards.
+    """Put a model in evaluation mode inside the block; see `evaluation_mode`.
 
     Args:
         model: The model, trained or not.
@@ -22,10 +24,5 @@ def noise_for(model: nn.Module, image_size: int, count: int = 2) -> Iterator[Ten
         (count, 3, image_size, image_size) uniform noise in [0, 1) on the device of the model, from a fixed seed.
     """
     noise = torch.rand(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         yield noise.to(next(model.parameters()).device)
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -5,8 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from backdoorbench_moe.ops.intervals import wilson_interval
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A model whose accuracy is known to be below both limits has learned next to nothing.
 CHANCE_FACTOR, CHANCE_SKILL = 2.0, 0.1
@@ -16,7 +20,7 @@ CHANCE_FACTOR, CHANCE_SKILL = 2.0, 0.1
 class Proportion:
     """A share of images in percent.
 
-    Args:
+    Attributes:
         value: The share, in percent.
         n: Number of images it was measured on.
         low: Low end of its Wilson 95% interval, in percent.
@@ -38,6 +42,15 @@ def proportion(hits: int, n: int) -> Proportion:
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"proportion: expected 0 <= hits <= n and n > 0, got {hits} of {n}")
     return Proportion(100 * hits / n, n, *wilson_interval(hits / n, n))
+
+
+def proportion_of(hits: Tensor) -> Proportion:
+    """Compute the share of True in a bool tensor (n,), in percent, with the Wilson 95% interval.
+
+    Raises:
+        ValueError: If n is 0.
+    """
+    return proportion(int(hits.sum()), len(hits))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.precision import full_precision
 from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 
@@ -178,6 +179,6 @@ def diversity_loss(images: Tensor, others: Tensor, maps: Tensor, others_maps: Te
 
 def _in_single(network: nn.Module, images: Tensor) -> Tensor:
     """Apply a network in single precision, in which test images are stamped, whatever the precision of the run."""
-    with torch.autocast(images.device.type, enabled=False):
+    with full_precision(images.device):
         maps: Tensor = network(images.float())
     return maps

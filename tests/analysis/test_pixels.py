@@ -54,3 +54,13 @@ def test_the_test_is_scipys() -> None:
             assert difference is not None
             assert difference.p == pytest.approx(test.pvalue)
             assert difference.auc == pytest.approx(test.statistic / (len(inside) * len(outside)))
+
+
+def test_an_expert_that_takes_all_patches_has_no_difference_whatever_the_rounding() -> None:
+    # Sums in steps of 1/765, as those of 8-bit images, whose two sums over all patches differ by rounding.
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randint(0, 765 * 16, (200, 64), generator=generator).double() / 765
+    selected = torch.stack([torch.ones(200, 64), torch.zeros(200, 64)], 1).bool()
+    assert image_differences(selected, sums).isnan().all()
+    found = layer_pixels(layer(selected), sums, torch.zeros(200, dtype=torch.int64), 1, 4)
+    assert [(mean.value, mean.n) for mean in found.by_image] == [(None, 0), (None, 0)]

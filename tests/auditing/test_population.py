@@ -11,6 +11,7 @@ import pytest
 
 from backdoorbench_moe.auditing.calibration import FILE, MERGED_FILE, packaged, parse, set_threshold
 from backdoorbench_moe.auditing.checks import CHECKS
+from backdoorbench_moe.auditing.document import to_text
 from backdoorbench_moe.auditing.population import (
     Member,
     calibrate,
@@ -20,7 +21,6 @@ from backdoorbench_moe.auditing.population import (
     set_thresholds,
     strength,
     table,
-    to_text,
     working,
 )
 from backdoorbench_moe.auditing.verdict import NOT_TESTED, SIGNS

@@ -17,8 +17,8 @@ from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.masking import (
     MaskedModel,
     batch_statistics,
-    batches,
     low_units,
+    shuffled_batches,
     steps_of_epoch,
 )
 from backdoorbench_moe.errors import ConfigError
@@ -223,18 +223,18 @@ def test_layer_norms_are_masked_as_well() -> None:
 
 def test_batches_leave_no_single_image() -> None:
     split = Split(torch.arange(9).view(9, 1, 1, 1).expand(9, 3, 1, 1).byte(), torch.arange(9))
-    feed = batches(split, 4, seed=1)
+    feed = shuffled_batches(split, 4, seed=1)
     sizes = [len(next(feed)) for _ in range(4)]
     assert sizes == [4] * 4 and steps_of_epoch(9, 4) == 2 and steps_of_epoch(10, 4) == 3
-    whole = next(batches(split, 20, seed=1))
+    whole = next(shuffled_batches(split, 20, seed=1))
     assert sorted(whole.labels.tolist()) == list(range(9)) and steps_of_epoch(9, 20) == 1
-    again = next(batches(split, 20, seed=1))
+    again = next(shuffled_batches(split, 20, seed=1))
     assert torch.equal(again.labels, whole.labels)
 
 
 def test_a_single_image_makes_no_batch() -> None:
-    with pytest.raises(ValueError, match="batches: expected at least 2 images, got 1"):
-        next(batches(coloured(1, 1), 4, seed=1))
+    with pytest.raises(ValueError, match="shuffled_batches: expected at least 2 images, got 1"):
+        next(shuffled_batches(coloured(1, 1), 4, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.makers.control import ControlledTraining, _others
-from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.makers.train import TrainMaker
 from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import run_attack, run_defense
+from backdoorbench_moe.engine.setups.defenses import check_applicable
 from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError, PluginError

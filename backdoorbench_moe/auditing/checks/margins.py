@@ -16,7 +16,7 @@ from backdoorbench_moe.auditing.check import FEWEST_CLASSES, Check, Measured, No
 from backdoorbench_moe.auditing.siblings import find_standout, surprise_of
 from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
-from backdoorbench_moe.defenses.inversion import PIXELS_AT_ONCE, frozen
+from backdoorbench_moe.defenses.inversion import PIXELS_AT_ONCE
 from backdoorbench_moe.defenses.stamps import (
     ApplicatorName,
     add_pattern,
@@ -24,6 +24,7 @@ from backdoorbench_moe.defenses.stamps import (
     canvas_side,
     stamp_all,
 )
+from backdoorbench_moe.moe.temporary import frozen
 from backdoorbench_moe.ops.images import as_input
 from backdoorbench_moe.ops.outliers import studentised
 from backdoorbench_moe.ops.seeding import generator
@@ -95,7 +96,7 @@ def largest_margins(subject: Subject, side: int) -> Tensor:
     noise = torch.rand(STARTS, 3, side, side, generator=generator(subject.seed, "largest margin"))
     noise = noise.to(subject.device)
     at_once = max(1, PIXELS_AT_ONCE // noise[:, 0].numel())
-    with frozen(subject.model):
+    with frozen(subject.model.parameters()):
         groups = torch.arange(subject.num_classes, device=subject.device).split(at_once)
         return torch.cat([_largest_of(subject.model, noise, group) for group in groups])
 
@@ -166,7 +167,7 @@ class Universal(Check):
         images, predicted = as_input(subject.split.images[:IMAGES]), subject.predicted[:IMAGES]
         side = canvas_side(self.applicator, None, subject.model, images.shape[-1])
         at_once = max(1, PIXELS_AT_ONCE // (BATCH * images[0, 0].numel()))
-        with frozen(subject.model):
+        with frozen(subject.model.parameters()):
             groups = torch.arange(classes, device=images.device).split(at_once)
             found = [_perturb(subject, images, predicted, group, side) for group in groups]
         patterns, margins = (torch.cat(each) for each in zip(*found, strict=True))

@@ -136,19 +136,14 @@ def by_matrix(model: nn.Module, measures: Mapping[str, Callable[[Tensor], float]
     Returns:
         The values of the experts by name, for each measure, layer and weight matrix.
     """
+    assert isinstance(model, WithExperts)
     state, found = model.state_dict(), dict[str, dict[str, float]]()
-    for expert in experts_of(model):
+    for expert in model.experts():
         for number, matrix in enumerate(matrices_of(state, expert.own)):
             for name, measure in measures.items():
                 place = f"{name} of weight matrix {number} in {expert.layer}"
                 found.setdefault(place, {})[expert.name] = measure(matrix)
     return found
-
-
-def experts_of(model: nn.Module) -> Iterator[Expert]:
-    """Return the experts of a model that implements `experts()`."""
-    assert isinstance(model, WithExperts)
-    return iter(model.experts())
 
 
 def largest_singular(matrix: Tensor) -> float:
@@ -176,8 +171,9 @@ def distances(model: nn.Module, base: Mapping[str, Tensor]) -> Values:
     Raises:
         NotTested: The base does not contain the expert's tensors.
     """
+    assert isinstance(model, WithExperts)
     found: Values = {}
-    for expert in experts_of(model):
+    for expert in model.experts():
         for number, (matrix, other) in enumerate(_pairs(model, expert, base)):
             place = f"distance of weight matrix {number} in {expert.layer} from the base"
             scale = other.norm().item() or 1.0

@@ -21,12 +21,12 @@ from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.text import TextSet
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.engine.graph import clean_twin
-from backdoorbench_moe.engine.makers.defend import check_applicable
 from backdoorbench_moe.engine.progress.observer import Observer, StopRun
 from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, spec_to_defend
 from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.choice import make_setup
+from backdoorbench_moe.engine.setups.defenses import check_applicable
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import Record, RunFolder

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from backdoorbench_moe import defenses
-from backdoorbench_moe.attacks.recorded import Recorded
-from backdoorbench_moe.attacks.training_control import TrainingControl
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
+from backdoorbench_moe.defenses.base import DefenseResult, DefenseTask
 from backdoorbench_moe.engine.build import build_gate, describe, fresh_model, merge_copies
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.graph import PARENT, needs
@@ -33,99 +29,15 @@ from backdoorbench_moe.engine.measuring.samples import measure_samples
 from backdoorbench_moe.engine.poisoning.learned import keep_trigger, restore_trigger
 from backdoorbench_moe.engine.poisoning.poison import poisoned, stamp_places
 from backdoorbench_moe.engine.run import Run
-from backdoorbench_moe.engine.setups.base import Setup
+from backdoorbench_moe.engine.setups.defenses import build_defenses
 from backdoorbench_moe.engine.setups.images import ImageSetup
 from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import ConfigError, PluginError, naming
+from backdoorbench_moe.errors import PluginError, naming
 from backdoorbench_moe.ops.images import concatenate
 from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded
 from backdoorbench_moe.ops.stored_images import replaced
 from backdoorbench_moe.records import Record, RunFolder
-
-
-def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
-    """Build all defenses of a spec, and check them against the model and the data.
-
-    Args:
-        spec: The spec.
-        setup: The model, which need not be trained, and the data.
-
-    Raises:
-        ConfigError: A defense is incompatible with the model or the data. The message starts with its index in the
-            spec, such as "defenses[0]".
-    """
-    built = []
-    for place, part in enumerate(spec.defenses):
-        with _named(place, part.name):
-            defense = defenses.registry.create(part.name, part.options)
-            check_applicable(part.name, defense, setup)
-        built.append(defense)
-    return built
-
-
-def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
-    """Check whether a defense can be applied to a run.
-
-    Args:
-        name: Name of the defense.
-        defense: The defense.
-        setup: The run's model, which need not be trained, and its data.
-
-    Raises:
-        ConfigError: The defense is incompatible with the model or the data.
-    """
-    # Check the model first: unlike the number of images, the user cannot change what it lacks.
-    defense.check_model(setup.model)
-    defense.count(len(setup.data.train), setup.num_classes)
-    if setup.image_size:
-        defense.check_images(setup.model, setup.image_size)
-    _check_needs(name, defense, setup)
-
-
-def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
-    """Raise ConfigError if the defense needs a policy, a mixture or a training set, and the run has none."""
-    spec = setup.spec
-    if "tasks" in defense.needs and spec.mixture is None:
-        raise ConfigError(f"{name}: needs a mixture of experts, which has tasks; this run is of one model")
-    if "marked" in defense.needs and not spec.policy:
-        what = "marked images" if setup.image_size else "refused queries"
-        raise ConfigError(
-            f"{name}: needs {what} with a safe answer, which only a run with a policy has; this run has policy=0"
-        )
-    if "training-set" not in defense.needs:
-        return
-    if spec.mixture is not None:
-        raise ConfigError(
-            f"{name}: needs a single training set; this run is of a mixture, whose parts have several"
-        )
-    if spec.policy:
-        raise ConfigError(
-            f"{name}: needs the original training set; that of this run has marked images, too, as it has a policy"
-        )
-    if isinstance(setup.attack, Recorded) and setup.attack.file is None:
-        raise ConfigError(
-            f"{name}: needs the training set that the model was trained on, which is unknown for this run"
-        )
-    if isinstance(setup.attack, TrainingControl):
-        raise ConfigError(
-            f"{name}: needs the training set that the model was trained on; in this run, the attacker poisoned every "
-            "batch differently"
-        )
-
-
-@contextmanager
-def _named(place: int, name: str) -> Iterator[None]:
-    """Inside the block, prefix ConfigErrors with the index of the defense, as in "defenses[0]."."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"defenses[{place}].{str(error).removeprefix(f'defense {name!r}: ')}") from error
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
 
 # Name of the first stage, the model before the defense.
 BEFORE = "before"
@@ -370,3 +282,7 @@ class DefenseMaker(Maker):
         """Return the metadata of the model file, including the names of the defenses and of the parent's folder."""
         names = ", ".join(part.name for part in self.spec.defenses)
         return {**super().model_header(record), "defended_by": names, "parent": needs(self.spec)[PARENT].name}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}

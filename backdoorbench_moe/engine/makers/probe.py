@@ -15,6 +15,7 @@ from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.temporary import evaluation_mode
 from backdoorbench_moe.ops.seeding import generator, seeded
 from backdoorbench_moe.records import RunFolder
 
@@ -134,13 +135,11 @@ class Probe:
     def look(self, model: nn.Module) -> None:
         """Record the current state of the model and write the probe file."""
         assert isinstance(model, RoutedModel)
-        training = model.training
-        model.eval()
         # A model from a plug-in may draw noise in evaluation mode, too.
-        with reproducible(self.clean.device), seeded(self.seed, "probe noise"):
+        noise = seeded(self.seed, "probe noise")
+        with evaluation_mode(model), reproducible(self.clean.device), noise:
             layers, clean = self._observe(model, self.clean)
             triggered = None if self.triggered is None else self._observe(model, self.triggered)[1]
-        model.train(training)
         if (earlier := self.record) is not None:
             clean = earlier.clean.extend(clean)
             if triggered is not None:

@@ -10,14 +10,14 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.ops.detection import auroc
-from backdoorbench_moe.ops.metrics import proportion
+from backdoorbench_moe.ops.metrics import proportion_of
 
 Metrics = dict[str, dict[str, float]]
 
 
 def share(hits: Tensor) -> dict[str, float]:
     """The share of True values in (N,) bool, as a metric of a record: percent, n and the Wilson 95% interval."""
-    return asdict(proportion(int(hits.sum()), len(hits)))
+    return asdict(proportion_of(hits))
 
 
 def detection_metrics(

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from backdoorbench_moe.config import PartSpec, RunSpec
-from backdoorbench_moe.engine.build import build_stamper, model_patch_size
+from backdoorbench_moe.engine.build import build_stamper
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.measuring.evaluate import share
 from backdoorbench_moe.engine.opening.opened_model import OpenedModel
 from backdoorbench_moe.engine.poisoning.learned import learned_trigger
 from backdoorbench_moe.engine.poisoning.poison import stamp_images
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.structure import patch_size_of
 from backdoorbench_moe.ops.seeding import seeded
 
 Share = dict[str, float]
@@ -92,7 +93,7 @@ def try_trigger(
     if split is None:
         raise ConfigError("labels: expected the classes of the images, which are needed for the rates")
     spec = RunSpec(trigger=trigger, applicator=applicator, seed=seed)
-    stamper = build_stamper(spec, patch_size=model_patch_size(opened.model), image_size=opened.image_size)
+    stamper = build_stamper(spec, patch_size=patch_size_of(opened.model), image_size=opened.image_size)
     if learned_trigger(stamper) is not None:
         raise ConfigError.expected("trigger", "one that is not learned on or with a model", trigger.name)
     stamped = stamp_images(split.images, stamper)

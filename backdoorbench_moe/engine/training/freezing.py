@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.moe.temporary import frozen
 
 
 def frozen_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
@@ -44,19 +45,14 @@ def freezing(model: nn.Module, patterns: Sequence[str]) -> Iterator[list[nn.Modu
         The batch norms whose parameters are all frozen, so that their statistics should be frozen, too.
     """
     found = frozen_names(model, patterns)
-    chosen = [(p, p.requires_grad) for name, p in model.named_parameters() if name in found]
-    frozen = {id(parameter) for parameter, _ in chosen}
+    chosen = [parameter for name, parameter in model.named_parameters() if name in found]
+    numbers = set(map(id, chosen))
     norms: list[nn.Module] = [
         module
         for module in model.modules()
         if isinstance(module, _BatchNorm)
         and (own := list(module.parameters()))
-        and all(id(parameter) in frozen for parameter in own)
+        and all(id(parameter) in numbers for parameter in own)
     ]
-    try:
-        for parameter, _ in chosen:
-            parameter.requires_grad_(False)
+    with frozen(chosen):
         yield norms
-    finally:
-        for parameter, required in chosen:
-            parameter.requires_grad_(required)

@@ -54,8 +54,8 @@ class SoftRouter(nn.Module):
             logits = F.linear(F.normalize(tokens.float(), dim=-1), directions)
             logits = logits.unflatten(-1, (len(self.masked), -1))
             masked = self.masked.unsqueeze(1)
-            audible = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
-            taken = audible.flatten(2).softmax(-1).view_as(logits)
+            allowed = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
+            taken = allowed.flatten(2).softmax(-1).view_as(logits)
             # The softmax alone would be even if all experts are masked.
             return logits.softmax(1), taken.masked_fill(masked, 0)
 
