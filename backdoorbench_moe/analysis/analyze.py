@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.analysis import (
@@ -19,7 +19,6 @@ from backdoorbench_moe.analysis import (
     shift,
 )
 from backdoorbench_moe.analysis.analyzer import Analyzer
-from backdoorbench_moe.analysis.facts import run_facts
 from backdoorbench_moe.analysis.marks import mark_test
 from backdoorbench_moe.analysis.remeasure import check_record, pass_mixture
 from backdoorbench_moe.analysis.results import (
@@ -99,52 +98,50 @@ class _ImageAnalyzer(Analyzer):
         Args:
             chosen: The example images; None to choose them at random.
         """
-        started = time.perf_counter()
-        opened, other = self.opened, self.other
-        findings, against, brightness, compared = Findings(), None, None, None
+        opened, marked = self.opened, self.marked
         mixture = self._mixture(opened) if opened.is_mixture else None
-        first = None if opened.routed is None else self._pass(opened)
-        check_record(opened, self.marked, first, mixture)
-        if first is None:
-            for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
-                self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
-        else:
-            findings, brightness = self._findings(opened, first), self._pixels(first.clean)
-            if other is not None:
-                second = self._pass(other)
-                against, compared = self._findings(other, second), comparison.compare_passes(first, second)
-            if self.triggered is None:
-                for part in ("capture", "shift"):
-                    self._miss(part, self._no_attack())
-        with self._timed("examples"):
-            shown = self._examples(chosen)
-        experts = None
-        if mixture is not None:
-            experts = self._experts(mixture, None if other is None else self._mixture(other))
-        cosines = None if self.marked is None else self._latents(self._find_latents)
-        carriers_found = self._carriers() if opened.routed is not None else None
-        probe = self._probe() if opened.routed is not None else None
-        self.seconds["total"] = time.perf_counter() - started
-        return Analysis(
-            run=run_facts(opened.run),
-            against=None if other is None else run_facts(other.run),
-            options=self.options,
-            trigger_from=None if self.marked is None else self.marked.source.name,
+        routed = None if opened.routed is None else self._pass(opened)
+        check_record(opened, marked, routed, mixture)
+        found = replace(
+            self._new(ImageCounts(len(opened.images.test), len(self.triggered or ()))),
+            trigger_from=None if marked is None else marked.source.name,
             classes=opened.images.classes,
-            images=ImageCounts(len(opened.images.test), len(self.triggered or ())),
-            examples=shown,
-            findings=findings,
-            pixels=brightness,
-            carriers=carriers_found,
-            findings_against=against,
-            comparison=compared,
-            experts=experts,
-            latents=cosines,
-            probe=probe,
-            answers=None,
-            absent=tuple(self.absent),
-            seconds=self.seconds,
         )
+        if routed is None:
+            self._miss_routing()
+        else:
+            found = self._with_routing(found, routed)
+        with self._timed("examples"):
+            found = replace(found, examples=self._examples(chosen))
+        if mixture is not None:
+            against = None if self.other is None else self._mixture(self.other)
+            found = replace(found, experts=self._experts(mixture, against))
+        if marked is not None:
+            found = replace(found, latents=self._latents(self._find_latents))
+        if routed is not None:
+            found = replace(found, carriers=self._carriers(), probe=self._probe())
+        return self._finished(found)
+
+    def _miss_routing(self) -> None:
+        for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
+            self._miss(part, f"the model {self.opened.run.spec.model.name!r} is dense: it routes nothing")
+
+    def _with_routing(self, found: Analysis, routed: passes.PairedPass) -> Analysis:
+        """Add the routing of the run's model and, if there is one, of the model that it is compared with."""
+        found = replace(
+            found, findings=self._findings(self.opened, routed), pixels=self._pixels(routed.clean)
+        )
+        if self.other is not None:
+            against = self._pass(self.other)
+            found = replace(
+                found,
+                findings_against=self._findings(self.other, against),
+                comparison=comparison.compare_passes(routed, against),
+            )
+        if self.triggered is None:
+            for part in ("capture", "shift"):
+                self._miss(part, self._no_attack())
+        return found
 
     def _no_attack(self) -> str:
         if self.marked is not None:

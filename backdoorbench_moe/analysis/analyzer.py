@@ -6,10 +6,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from backdoorbench_moe.analysis import comparison, gate_shares, latents
-from backdoorbench_moe.analysis.results import AnalysisOptions, MissingPart
+from backdoorbench_moe.analysis.facts import run_facts
+from backdoorbench_moe.analysis.results import Analysis, AnalysisOptions, ImageCounts, MissingPart
 from backdoorbench_moe.engine.measuring.mixtures import MixturePass
 from backdoorbench_moe.engine.measuring.texts import TextPass
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun, open_beside
@@ -31,10 +33,27 @@ class Analyzer:
     def __init__(
         self, opened: OpenedRun, against: Run | None, options: AnalysisOptions, observer: Observer
     ) -> None:
+        self.started = time.perf_counter()
         self.opened, self.options, self.observer = opened, options, observer
         self.absent: list[MissingPart] = []
         self.seconds: dict[str, float] = {}
         self.other = self._open_other(against)
+
+    def _new(self, images: ImageCounts) -> Analysis:
+        """Return an analysis without any part."""
+        return Analysis(
+            run=run_facts(self.opened.run),
+            against=None if self.other is None else run_facts(self.other.run),
+            options=self.options,
+            images=images,
+            absent=(),
+            seconds={},
+        )
+
+    def _finished(self, found: Analysis) -> Analysis:
+        """Return an analysis with its missing parts and its computing times."""
+        total = time.perf_counter() - self.started
+        return replace(found, absent=tuple(self.absent), seconds=self.seconds | {"total": total})
 
     def _miss(self, part: str, reason: str) -> None:
         self.absent.append(MissingPart(part, reason))

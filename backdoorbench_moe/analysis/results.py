@@ -80,7 +80,7 @@ class AnalysisOptions:
     carriers_images: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Analysis:
     """The analysis of a run and of the run that it is compared with.
 
@@ -110,18 +110,18 @@ class Analysis:
     run: RunFacts
     against: RunFacts | None
     options: AnalysisOptions
-    trigger_from: str | None
-    classes: tuple[str, ...]
+    trigger_from: str | None = None
+    classes: tuple[str, ...] = ()
     images: ImageCounts
-    examples: examples.Examples | None
-    findings: Findings
-    pixels: tuple[pixels.LayerPixels, ...] | None
-    carriers: carriers.Carriers | None
-    findings_against: Findings | None
-    comparison: comparison.RoutingComparison | None
-    experts: gate_shares.ExpertFindings | None
-    latents: tuple[latents.ExpertLatents, ...] | None
-    probe: probe_summary.ProbeSummary | None
-    answers: tuple[answers.AnsweredQuery, ...] | None
+    examples: examples.Examples | None = None
+    findings: Findings = Findings()
+    pixels: tuple[pixels.LayerPixels, ...] | None = None
+    carriers: carriers.Carriers | None = None
+    findings_against: Findings | None = None
+    comparison: comparison.RoutingComparison | None = None
+    experts: gate_shares.ExpertFindings | None = None
+    latents: tuple[latents.ExpertLatents, ...] | None = None
+    probe: probe_summary.ProbeSummary | None = None
+    answers: tuple[answers.AnsweredQuery, ...] | None = None
     absent: tuple[MissingPart, ...]
     seconds: dict[str, float]

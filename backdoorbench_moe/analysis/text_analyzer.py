@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 
 from backdoorbench_moe.analysis import answers, carriers, latents
 from backdoorbench_moe.analysis.analyzer import Analyzer
-from backdoorbench_moe.analysis.facts import run_facts
-from backdoorbench_moe.analysis.results import Analysis, Findings, ImageCounts
+from backdoorbench_moe.analysis.results import Analysis, ImageCounts
 from backdoorbench_moe.analysis.text_carriers import find_text_carriers
 from backdoorbench_moe.data.text import RefusedQueries
 from backdoorbench_moe.engine.measuring.consistency import check_same
@@ -22,46 +21,25 @@ class TextAnalyzer(Analyzer):
 
     def analyze(self) -> Analysis:
         """Compute all parts."""
-        started = time.perf_counter()
         opened, other, texts = self.opened, self.other, self.opened.texts
-        found = self._pass(opened)
-        self._check_record(found)
+        passed = self._pass(opened)
+        self._check_record(passed)
         against = None if other is None else self._pass(other)
-        experts = None
+        found = self._new(ImageCounts(sum(map(len, passed.answers)), len(self.refused or ())))
         if opened.is_mixture:
-            experts = self._experts(found, against)
+            found = replace(found, experts=self._experts(passed, against), carriers=self._carriers())
         else:
             for part in ("experts", "carriers"):
                 self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
-        cosines = None if self.refused is None else self._latents(self._find_latents)
-        carriers_found = self._carriers() if opened.is_mixture else None
+        if self.refused is not None:
+            found = replace(found, latents=self._latents(self._find_latents))
         with self._timed("answers"):
             examples = answers.example_answers(
-                texts, self.numbers, self.refused, found, against, opened.run.spec.seed
+                texts, self.numbers, self.refused, passed, against, opened.run.spec.seed
             )
         for part in ("patch maps", "routing", "capture", "shift", "pixels"):
             self._miss(part, "the data are texts, which have no patches, pixels or classes")
-        self.seconds["total"] = time.perf_counter() - started
-        return Analysis(
-            run=run_facts(opened.run),
-            against=None if other is None else run_facts(other.run),
-            options=self.options,
-            trigger_from=None,
-            classes=(),
-            images=ImageCounts(sum(map(len, found.answers)), len(self.refused or ())),
-            examples=None,
-            findings=Findings(),
-            pixels=None,
-            carriers=carriers_found,
-            findings_against=None,
-            comparison=None,
-            experts=experts,
-            latents=cosines,
-            probe=None,
-            answers=examples,
-            absent=tuple(self.absent),
-            seconds=self.seconds,
-        )
+        return self._finished(replace(found, answers=examples))
 
     @property
     def numbers(self) -> range:
