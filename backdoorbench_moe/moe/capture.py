@@ -21,9 +21,9 @@ def choice_of(routing: Routing) -> Choice:
         "nothing" if every expert processes every patch; "patches" if the number of patches per expert varies less than
         the number of experts per patch (expert choice); otherwise "experts" (token choice, with or without a capacity
         limit). In expert choice, the number of patches per expert may vary, because experts also select class tokens,
-        which are not reported.
+        which are not reported. Experts whose gates are all 0 are left out: they are masked, and choose nothing.
     """
-    selected = routing.selected
+    selected = routing.selected[:, (routing.gates > 0).any(2).any(0)]
     by_expert, by_patch = selected.sum(-1), selected.sum(-2)
     if selected.all():
         return "nothing"

@@ -19,6 +19,7 @@ from backdoorbench_moe.moe.capture import (
     of_experts,
     patch_losses,
 )
+from backdoorbench_moe.moe.layers import ExpertChoiceRouter
 from backdoorbench_moe.moe.routed import Routing
 
 
@@ -43,6 +44,15 @@ def test_who_chooses() -> None:
     assert choice_of(routing(EVEN, class_token)) == "patches", (
         "an expert selected the class token and one patch"
     )
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_experts_still_choose_if_one_of_them_is_masked(experts) -> None:
+    """The others have the same number of patches in every image; that of the masked one, 0, tells nothing."""
+    router = ExpertChoiceRouter(8, experts, top_k=experts // 2, gate_std=1.0)
+    router.masked[0] = True
+    found = router(torch.randn(8, 64, 8, generator=torch.Generator().manual_seed(0)))
+    assert choice_of(Routing("only", found.gates.mT, found.selected.mT)) == "patches"
 
 
 def test_shares() -> None:
