@@ -41,6 +41,7 @@ class MaskPruning(Defense):
     The units are the channels of all norms with a scale (batch, layer and group norms) and, in the MoE form, complete
     experts and their gates. A pruned channel has a scale of zero and keeps its shift, a pruned expert is muted, and a
     pruned gate is a row of zeros in the router. Every routed layer keeps at least the expert with the highest mask.
+    Experts that an earlier defense has muted or masked have no mask.
 
     Subclasses implement `learn_masks`. They set `reason`, the meaning of a low mask, and `strength`, the name of the
     option that is too large if the masks are not finite.
