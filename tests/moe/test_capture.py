@@ -46,6 +46,15 @@ def test_who_chooses() -> None:
     )
 
 
+def test_who_chooses_between_two_experts_with_half_of_the_patches_each() -> None:
+    """A patch of the first expert may have a larger gate for the second one only if experts choose."""
+    halves = [[[1, 1, 0, 0], [0, 0, 1, 1]]] * 2
+    by_gates = [[[0.9, 0.8, 0.3, 0.2], [0.1, 0.2, 0.7, 0.8]]] * 2
+    assert choice_of(routing(by_gates, halves)) == "experts"
+    by_rank = [[[0.9, 0.4, 0.3, 0.2], [0.1, 0.6, 0.7, 0.8]]] * 2
+    assert choice_of(routing(by_rank, halves)) == "patches"
+
+
 @pytest.mark.parametrize("experts", [2, 4])
 def test_experts_still_choose_if_one_of_them_is_masked(experts) -> None:
     """The others have the same number of patches in every image; that of the masked one, 0, tells nothing."""
