@@ -30,6 +30,8 @@ Masks = Sequence[tuple[Units, Tensor]]
 
 # Thresholds that are tried if the clean accuracy decides.
 LADDER = tuple(step / 20 for step in range(20))
+# A single image has no batch statistics.
+FEWEST_IMAGES = 2
 # Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU after it then
 # passes no gradient, so the mask could never rise again.
 LEAST_EXPERT = 1e-3
@@ -76,6 +78,24 @@ class MaskPruning(Defense):
             raise ConfigError(
                 f"model: {type(model).__name__} has no norm with a scale for each channel that could be masked"
             )
+
+    def count(self, images: int, num_classes: int) -> int:
+        """Return the number of training images that the defender holds.
+
+        Args:
+            images: Number of training images.
+            num_classes: Number of classes.
+
+        Raises:
+            ConfigError: It is less than the number of classes, or a single image, which has no batch statistics.
+        """
+        count = super().count(images, num_classes)
+        if count < FEWEST_IMAGES:
+            raise ConfigError(
+                f"clean_fraction: {self.clean_fraction} of {images} images is {count}; expected at least "
+                f"{FEWEST_IMAGES}, to have batch statistics"
+            )
+        return count
 
     @abstractmethod
     def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
@@ -288,8 +308,8 @@ def shuffled_batches(split: Split, size: int, seed: int) -> Iterator[Split]:
     Raises:
         ValueError: There are fewer than two images.
     """
-    if len(split) < 2:
-        raise ValueError(f"shuffled_batches: expected at least 2 images, got {len(split)}")
+    if len(split) < FEWEST_IMAGES:
+        raise ValueError(f"shuffled_batches: expected at least {FEWEST_IMAGES} images, got {len(split)}")
     epoch = 0
     while True:
         order = torch.randperm(len(split), generator=generator(seed, "masks", epoch))
