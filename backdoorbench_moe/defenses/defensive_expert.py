@@ -24,6 +24,7 @@ from backdoorbench_moe.moe.expert_tuning.steps import (
     joint_objective,
     learn_preference,
 )
+from backdoorbench_moe.moe.experts import active_experts
 from backdoorbench_moe.moe.merging import MergedModel, only_expert
 from backdoorbench_moe.ops.answers import first_positions, mean_weights
 from backdoorbench_moe.ops.images import batches, concatenate
@@ -55,7 +56,8 @@ class DefensiveExpert(Defense):
 
     Args:
         expert: Number of the expert, from 0. If None, the one that alone answers most marked images safely, which is
-            the least likely to be poisoned; in a tie, the first one.
+            the least likely to be poisoned; in a tie, the first one. Experts that an earlier defense has muted or
+            masked in all layers are not chosen.
         preference_beta: Beta of step 1, above 0.
         preference_epochs: Passes of step 1 over the marked images, from 0; with 0, step 1 is skipped.
         preference_lr: Peak learning rate of step 1, above 0; a tenth of that of the tuning of experts if None.
@@ -129,7 +131,9 @@ class DefensiveExpert(Defense):
         """Choose the expert, tune it, and train new gates."""
         mixture = mixture_of(task.model)
         unsafe = [unsafe_share(task, mixture, number) for number in range(mixture.num_experts)]
-        chosen = unsafe.index(min(unsafe)) if self.expert is None else self.expert
+        if (chosen := self.expert) is None:
+            active = sorted({expert.index for expert in active_experts(mixture, mixture.experts())})
+            chosen = min(active, key=unsafe.__getitem__)
         with only_expert(mixture, chosen):
             self._tune_expert(task, mixture, chosen)
         task.report("expert tuned", mixture)

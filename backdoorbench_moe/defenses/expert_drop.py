@@ -14,7 +14,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.experts import kept_muted, mute
+from backdoorbench_moe.moe.experts import active_experts, kept_muted, mute
 from backdoorbench_moe.moe.structure import Expert
 from backdoorbench_moe.ops.ranges import check_integer
 
@@ -23,11 +23,13 @@ class ExpertDrop(Defense):
     """Mute the experts on which clean accuracy depends least.
 
     Experts are muted one at a time, in each step the one without which clean accuracy is highest; in a tie, the first
-    one. The idea is that of fine-pruning, with experts as the units. The judgement's scores are the clean accuracies,
-    in percent, without each single expert; its details contain the accuracy after each step.
+    one. The idea is that of fine-pruning, with experts as the units. Experts that an earlier defense has muted or
+    masked are not chosen. The judgement's scores are the clean accuracies, in percent, without each single expert; its
+    details contain the accuracy after each step.
 
     Args:
-        count: Number of experts to mute, from 1. Every routed layer keeps at least one expert.
+        count: Number of experts to mute, from 1. Every routed layer keeps at least one expert that is neither muted nor
+            masked.
         epochs: Epochs of tuning on clean images afterwards, from 0; muted experts stay muted.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
@@ -54,7 +56,10 @@ class ExpertDrop(Defense):
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError if the model does not name its experts, or has too few."""
-        experts = experts_of(model)
+        self._active(model)
+
+    def _active(self, model: nn.Module) -> list[Expert]:
+        experts = active_experts(model, experts_of(model))
         most = len(experts) - len({expert.layer for expert in experts})
         if not most:
             raise ConfigError(
@@ -64,6 +69,7 @@ class ExpertDrop(Defense):
             raise ConfigError.expected(
                 "count", f"1 to {most} of the {len(experts)} experts of {type(model).__name__}", self.drop
             )
+        return experts
 
     def cost(self, model: nn.Module, *, held: int, train: int, classes: int, recipe: TrainSpec) -> Cost:
         """Measure the accuracy without each remaining expert, once for every expert to mute, then tune."""
@@ -73,8 +79,8 @@ class ExpertDrop(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Mute the experts one by one, then tune."""
-        experts = experts_of(task.model)
-        scores = found = accuracy_without(task, experts)
+        experts = self._active(task.model)
+        scores = found = accuracy_without(task, experts_of(task.model))
         dropped: list[Expert] = []
         after: list[float] = []
         while len(dropped) < self.drop:

@@ -13,7 +13,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import accuracy_without, check_tuning, experts_of, least_missed
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
-from backdoorbench_moe.moe.experts import copy_expert
+from backdoorbench_moe.moe.experts import active_experts, copy_expert
 from backdoorbench_moe.moe.norms import measure_statistics
 from backdoorbench_moe.moe.structure import Expert
 
@@ -30,14 +30,15 @@ class ExpertReset(Defense):
 
     Args:
         expert: The expert: its name, such as "moe/2"; its number among all experts, from 0; or "least-missed", the one
-            without which clean accuracy is highest, as in `expert-drop`. That one is the easiest to relearn.
+            without which clean accuracy is highest, as in `expert-drop`. That one is the easiest to relearn. Experts
+            that an earlier defense has muted or masked are not chosen.
         epochs: Epochs of training, from 1.
         lr: Peak learning rate, above 0; that of the run's recipe if None.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].
 
     Raises:
         ConfigError: A value is out of range, the model does not implement the protocol `WithExperts`, or the expert
-            does not exist.
+            does not exist; or, for "least-missed", all experts are muted or masked.
 
     Source:
         Ours.
@@ -75,8 +76,10 @@ class ExpertReset(Defense):
         chosen = self._named(experts)
         scores: dict[str, float] | None = None
         if chosen is None:
+            if not (active := active_experts(task.model, experts)):
+                raise ConfigError("expert: all experts are muted or masked; expected the name of one")
             scores = accuracy_without(task, experts)
-            chosen = least_missed(experts, scores)
+            chosen = least_missed(active, scores)
         copy_expert(task.fresh(), task.model, chosen)
         self._settle(task, chosen)
         task.report("reset", task.model)

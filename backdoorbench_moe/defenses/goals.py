@@ -222,5 +222,5 @@ def _flat(stamped: Tensor) -> Tensor:
 def _join(batches: Sequence[Routing]) -> RoutedLayer:
     """Join the routing of one layer over all batches of images."""
     selected = torch.cat([batch.selected for batch in batches])
-    whole = Routing(batches[0].layer, selected.float(), selected)
+    whole = Routing(batches[0].layer, torch.cat([batch.gates for batch in batches]), selected)
     return RoutedLayer(whole.layer, selected, choice_of(whole), int(selected.sum(-1).max()))

@@ -30,6 +30,8 @@ Masks = Sequence[tuple[Units, Tensor]]
 
 # Thresholds that are tried if the clean accuracy decides.
 LADDER = tuple(step / 20 for step in range(20))
+# A single image has no batch statistics.
+FEWEST_IMAGES = 2
 # Lowest mask of an expert while masks are learned. At 0, scale and shift of a norm are both 0; the ReLU after it then
 # passes no gradient, so the mask could never rise again.
 LEAST_EXPERT = 1e-3
@@ -41,6 +43,7 @@ class MaskPruning(Defense):
     The units are the channels of all norms with a scale (batch, layer and group norms) and, in the MoE form, complete
     experts and their gates. A pruned channel has a scale of zero and keeps its shift, a pruned expert is muted, and a
     pruned gate is a row of zeros in the router. Every routed layer keeps at least the expert with the highest mask.
+    Experts that an earlier defense has muted or masked have no mask.
 
     Subclasses implement `learn_masks`. They set `reason`, the meaning of a low mask, and `strength`, the name of the
     option that is too large if the masks are not finite.
@@ -75,6 +78,24 @@ class MaskPruning(Defense):
             raise ConfigError(
                 f"model: {type(model).__name__} has no norm with a scale for each channel that could be masked"
             )
+
+    def count(self, images: int, num_classes: int) -> int:
+        """Return the number of training images that the defender holds.
+
+        Args:
+            images: Number of training images.
+            num_classes: Number of classes.
+
+        Raises:
+            ConfigError: It is less than the number of classes, or a single image, which has no batch statistics.
+        """
+        count = super().count(images, num_classes)
+        if count < FEWEST_IMAGES:
+            raise ConfigError(
+                f"clean_fraction: {self.clean_fraction} of {images} images is {count}; expected at least "
+                f"{FEWEST_IMAGES}, to have batch statistics"
+            )
+        return count
 
     @abstractmethod
     def learn_masks(self, task: DefenseTask, units: Sequence[Units]) -> tuple[list[Tensor], dict[str, float]]:
@@ -287,8 +308,8 @@ def shuffled_batches(split: Split, size: int, seed: int) -> Iterator[Split]:
     Raises:
         ValueError: There are fewer than two images.
     """
-    if len(split) < 2:
-        raise ValueError(f"shuffled_batches: expected at least 2 images, got {len(split)}")
+    if len(split) < FEWEST_IMAGES:
+        raise ValueError(f"shuffled_batches: expected at least {FEWEST_IMAGES} images, got {len(split)}")
     epoch = 0
     while True:
         order = torch.randperm(len(split), generator=generator(seed, "masks", epoch))

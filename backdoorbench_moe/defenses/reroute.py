@@ -10,7 +10,7 @@ from backdoorbench_moe.defenses.base import Defense, DefenseResult, DefenseTask
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.defenses.requirements import experts_of
-from backdoorbench_moe.moe.experts import mute
+from backdoorbench_moe.moe.experts import active_experts, mute
 from backdoorbench_moe.moe.structure import MasksExperts
 from backdoorbench_moe.ops.ranges import check_interval
 
@@ -22,9 +22,9 @@ class Reroute(Defense):
     mean of this sum over the experts of its layer. It is 1 for every expert if all are used equally.
 
     If the model has the method `mask_expert` (see `moe.structure.MasksExperts`), its router then chooses other experts.
-    In other models, the expert is muted instead, so that its output has no effect on the logits. The most used expert
-    of a layer is never masked. The model is not trained further. The scores of the judgement are the usages. If no
-    usage is below the threshold, nothing is masked.
+    In other models, the expert is muted instead, so that its output has no effect on the logits. Of the experts of a
+    layer that no earlier defense has muted or masked, the most used one is never masked. The model is not trained
+    further. The scores of the judgement are the usages. If no usage is below the threshold, nothing is masked.
 
     Args:
         threshold: Usage below which an expert is masked, in (0, 1].
@@ -53,10 +53,10 @@ class Reroute(Defense):
 
     def defend(self, task: DefenseTask) -> DefenseResult:
         """Measure the usage of all experts, and mask those below the threshold."""
-        model, experts = task.model, experts_of(task.model)
+        model, experts = task.model, active_experts(task.model, experts_of(task.model))
         usage = expert_usage(task)
         most = {
-            layer: max((name for name in usage if name.rpartition("/")[0] == layer), key=lambda n: usage[n])
+            layer: max((e.name for e in experts if e.layer == layer), key=lambda name: usage[name])
             for layer in dict.fromkeys(expert.layer for expert in experts)
         }
         rare = [e for e in experts if usage[e.name] < self.threshold and e.name != most[e.layer]]

@@ -21,15 +21,20 @@ def choice_of(routing: Routing) -> Choice:
         "nothing" if every expert processes every patch; "patches" if the number of patches per expert varies less than
         the number of experts per patch (expert choice); otherwise "experts" (token choice, with or without a capacity
         limit). In expert choice, the number of patches per expert may vary, because experts also select class tokens,
-        which are not reported.
+        which are not reported. Experts whose gates are all 0 are left out: they are masked, and choose nothing. If
+        neither number varies, as when two experts have half of the patches each, patches choose if each has the experts
+        with its largest gates.
     """
-    selected = routing.selected
+    active = (routing.gates > 0).any(2).any(0)
+    gates, selected = routing.gates[:, active], routing.selected[:, active]
     by_expert, by_patch = selected.sum(-1), selected.sum(-2)
     if selected.all():
         return "nothing"
-    if squared_variation(by_expert.double()) < squared_variation(by_patch.double()):
-        return "patches"
-    return "experts"
+    across_experts, across_patches = (squared_variation(each.double()) for each in (by_expert, by_patch))
+    if across_experts == across_patches == 0:
+        least, largest_left = gates.masked_fill(~selected, 1).amin(1), gates.masked_fill(selected, 0).amax(1)
+        return "patches" if (least < largest_left).any() else "experts"
+    return "patches" if across_experts < across_patches else "experts"
 
 
 def capture_loss(routing: Sequence[Routing], touched: Tensor, *, margin: float = 1.0) -> Tensor:

@@ -8,9 +8,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.moe.layers import MoELayer
 from backdoorbench_moe.moe.pruning import held_at_zero
 from backdoorbench_moe.moe.structure import Expert
 from backdoorbench_moe.moe.temporary import hooked, restored
+
+
+def active_experts(model: nn.Module, experts: Iterable[Expert]) -> list[Expert]:
+    """Return the experts that can have an effect on the logits: those that are neither muted nor masked.
+
+    Args:
+        model: The model that the experts belong to.
+        experts: The experts to choose from.
+    """
+    state, modules = model.state_dict(), dict(model.named_modules())
+
+    def is_active(expert: Expert) -> bool:
+        layer = modules.get(expert.layer)
+        masked = isinstance(layer, MoELayer) and bool(layer.router.get_buffer("masked")[expert.index])
+        muted = not any(state[name][start:stop].any() for name, (start, stop) in expert.output.items())
+        return not (masked or muted)
+
+    return [expert for expert in experts if is_active(expert)]
 
 
 @torch.no_grad()

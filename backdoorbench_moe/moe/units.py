@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backdoorbench_moe.moe.experts import active_experts
 from backdoorbench_moe.moe.structure import Expert, Structured, WithExperts
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -55,9 +56,14 @@ def norm_units(model: nn.Module) -> list[Units]:
 
 
 def expert_units(model: nn.Module) -> list[Units]:
-    """Return the experts of each routed layer, with the rows of `Expert.output`; none for a dense model."""
+    """Return the experts of each routed layer, with the rows of `Expert.output`; none for a dense model.
+
+    Experts that are muted or masked already are left out: no mask has an effect on them.
+    """
     state, found = model.state_dict(), []
-    for layer, experts in _by_layer(model).items():
+    for layer, every in _by_layer(model).items():
+        if not (experts := active_experts(model, every)):
+            continue
         rows: dict[str, Tensor] = {}
         for number, expert in enumerate(experts):
             for name, (start, stop) in expert.output.items():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from backdoorbench_moe.errors import ShapeError
 from backdoorbench_moe.triggers.learned import LearnedTrigger
 
 
@@ -49,7 +50,13 @@ class TrainableTrigger(LearnedTrigger):
         return None
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Stamp images with the networks, in single precision, on the images' device."""
+        """Stamp images with the networks, in single precision, on the images' device.
+
+        Raises:
+            ShapeError: The images do not have 3 channels.
+        """
+        if images.shape[1] != 3:
+            raise ShapeError(f"{type(self).__name__}: expected images of 3 channels, got {images.shape[1]}")
         if not len(images):
             return images.clone()
         self.networks.to(images.device)

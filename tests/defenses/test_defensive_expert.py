@@ -46,6 +46,15 @@ def test_only_its_own_rows_change_and_then_only_the_gates(gate, expert) -> None:
     assert not any(layer.router.masked.any() for layer in model.layers())
 
 
+def test_an_expert_that_no_gate_can_choose_is_not_the_defensive_one() -> None:
+    model, task, _ = poisoned_mixture()
+    for expert in model.experts():
+        if expert.index == 0:
+            model.mask_expert(expert)
+    [judged] = create_defense("defensive-expert", **FAST)(task).judgements
+    assert judged.scores == {"0": 0.0, "1": 100.0} and judged.details == {"defensive": 1}
+
+
 def test_gates_are_drawn_anew_from_the_defenders_seed() -> None:
     """With a learning rate of nearly 0 they are those of the fresh model."""
     model, task, _ = poisoned_mixture()

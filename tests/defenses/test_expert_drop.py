@@ -14,6 +14,7 @@ from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.experts import mute
+from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
 
 
 def accuracy(model: nn.Module, clean: Split) -> float:
@@ -113,3 +114,28 @@ def test_what_cannot_be_dropped_is_refused() -> None:
     for options, message in (({"count": 0}, "count: expected"), ({"epochs": -1}, "epochs: expected")):
         with pytest.raises(ConfigError, match=message):
             create_defense("expert-drop", **options)
+
+
+def test_an_expert_that_is_gone_already_is_not_dropped_again() -> None:
+    """Without it, nothing changes, so that it would be missed least; and the last one of a layer stays."""
+    model, clean = trained_model()
+    gone = []
+    for _ in range(3):
+        [judgement] = create_defense("expert-drop")(make_task(model, clean=clean)[0]).judgements
+        assert len(judgement.scores) == 4
+        gone += judgement.suspicious
+    assert len(set(gone)) == 3
+    with pytest.raises(ConfigError, match="model: expected a layer of at least 2 experts"):
+        create_defense("expert-drop")(make_task(model, clean=clean)[0])
+
+
+def test_an_expert_that_the_router_leaves_out_is_not_dropped() -> None:
+    model = build_mixture()
+    first, *_ = model.experts()
+    model.mask_expert(first)
+    with pytest.raises(ConfigError, match="count: expected 1 to 1 of the 3 experts of MergedModel, got 2"):
+        create_defense("expert-drop", count=2)(make_mixture_task(model)[0])
+    [judgement] = create_defense("expert-drop")(make_mixture_task(model)[0]).judgements
+    assert not {expert.name for expert in model.experts() if expert.layer == first.layer} & {
+        *judgement.suspicious
+    }

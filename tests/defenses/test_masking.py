@@ -277,3 +277,11 @@ def test_models_without_norms_or_experts_are_refused() -> None:
             create_defense(name).check(nn.Linear(3, 3))
         with pytest.raises(ConfigError, match="model: expected a routed model, WideResNet has no routing"):
             create_defense(name, experts=True).check(used_model("wide_resnet"))
+
+
+@pytest.mark.parametrize("name", ["anp", "rnp"])
+def test_a_single_image_is_refused(name) -> None:
+    """Of data of one class, one image would be enough by the general rule."""
+    with pytest.raises(ConfigError, match=r"clean_fraction: 0.05 of 20 images is 1; expected at least 2"):
+        create_defense(name).count(20, 1)
+    assert create_defense(name).count(40, 1) == 2

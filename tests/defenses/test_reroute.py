@@ -10,6 +10,7 @@ from layered import Layered, Masking
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.reroute import expert_usage
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.moe.experts import mute
 
 
 class Alternating(Masking):
@@ -95,6 +96,18 @@ def test_of_a_layer_used_alike_nobody_is_masked_and_the_most_used_never() -> Non
     assert len(result.judgements[0].suspicious) < 4
     result = create_defense("reroute")(make_task(model)[0])
     assert result.judgements[0].suspicious == [] and not changed(before, copies(model))
+
+
+def test_a_muted_expert_is_not_the_one_that_stays() -> None:
+    """Expert 2 has the sharpest gates, but is mute; of the others, which are used alike, the first stays."""
+    model = used_model()
+    with torch.no_grad():
+        model.moe.router.weight.zero_()
+        model.moe.router.weight[2] = 1e4
+    mute(model, [model.experts()[2]])
+    [judged] = create_defense("reroute", threshold=1.0)(make_task(model)[0]).judgements
+    assert max(judged.scores, key=judged.scores.__getitem__) == "moe/2"
+    assert judged.suspicious == ["moe/1", "moe/3"]
 
 
 def test_pmoe_mutes_the_expert_whose_gates_are_flattest() -> None:

@@ -8,6 +8,7 @@ from defense_tasks import changed, copies, make_task, trained_model, used_model
 
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
+from backdoorbench_moe.moe.experts import mute
 
 
 @pytest.mark.parametrize("recipe", [{"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adamw"}])
@@ -58,6 +59,20 @@ def test_by_default_it_is_the_one_that_expert_drop_would_drop() -> None:
     assert drop.judgements[0].suspicious == ["moe/1"]
     assert reset.judgements[0].suspicious == drop.judgements[0].suspicious
     assert reset.judgements[0].scores == drop.judgements[0].scores
+
+
+def test_an_expert_that_is_mute_is_not_revived() -> None:
+    """Without it, nothing changes, so that it would be missed least."""
+    model, clean = trained_model()
+    mute(model, [model.experts()[1]])
+    before = copies(model)
+    [judgement] = create_defense("expert-reset", epochs=1)(make_task(model, clean=clean)[0]).judgements
+    assert judgement.suspicious != ["moe/1"]
+    start, stop = model.experts()[1].own["moe.conv.weight"]
+    assert torch.equal(model.moe.conv.weight[start:stop], before["moe.conv.weight"][start:stop])
+    mute(model, model.experts())
+    with pytest.raises(ConfigError, match="expert: all experts are muted or masked"):
+        create_defense("expert-reset")(make_task(model, clean=clean)[0])
 
 
 def test_the_routers_weights_are_new_and_alone_or_with_all_trained() -> None:

@@ -19,6 +19,7 @@ from backdoorbench_moe.moe.capture import (
     of_experts,
     patch_losses,
 )
+from backdoorbench_moe.moe.layers import ExpertChoiceRouter
 from backdoorbench_moe.moe.routed import Routing
 
 
@@ -43,6 +44,24 @@ def test_who_chooses() -> None:
     assert choice_of(routing(EVEN, class_token)) == "patches", (
         "an expert selected the class token and one patch"
     )
+
+
+def test_who_chooses_between_two_experts_with_half_of_the_patches_each() -> None:
+    """A patch of the first expert may have a larger gate for the second one only if experts choose."""
+    halves = [[[1, 1, 0, 0], [0, 0, 1, 1]]] * 2
+    by_gates = [[[0.9, 0.8, 0.3, 0.2], [0.1, 0.2, 0.7, 0.8]]] * 2
+    assert choice_of(routing(by_gates, halves)) == "experts"
+    by_rank = [[[0.9, 0.4, 0.3, 0.2], [0.1, 0.6, 0.7, 0.8]]] * 2
+    assert choice_of(routing(by_rank, halves)) == "patches"
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_experts_still_choose_if_one_of_them_is_masked(experts) -> None:
+    """The others have the same number of patches in every image; that of the masked one, 0, tells nothing."""
+    router = ExpertChoiceRouter(8, experts, top_k=experts // 2, gate_std=1.0)
+    router.masked[0] = True
+    found = router(torch.randn(8, 64, 8, generator=torch.Generator().manual_seed(0)))
+    assert choice_of(Routing("only", found.gates.mT, found.selected.mT)) == "patches"
 
 
 def test_shares() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from defense_tasks import changed, copies, make_task, used_model
 
-from backdoorbench_moe.moe.experts import kept_muted, mute, muted
+from backdoorbench_moe.moe.experts import active_experts, kept_muted, mute, muted
+from backdoorbench_moe.testing.mixtures import build_mixture
 
 
 def test_muted_ends_with_the_block_bit_for_bit_whatever_happens_in_it() -> None:
@@ -18,6 +19,17 @@ def test_muted_ends_with_the_block_bit_for_bit_whatever_happens_in_it() -> None:
         assert not torch.allclose(model(images), heard)
         raise KeyError
     assert not changed(before, copies(model)) and torch.equal(model(images), heard)
+
+
+def test_active_are_those_that_are_neither_mute_nor_masked() -> None:
+    model = used_model()
+    mute(model, [model.experts()[1]])
+    assert [expert.index for expert in active_experts(model, model.experts())] == [0, 2, 3]
+    mixture = build_mixture()
+    first, second, third, fourth = mixture.experts()
+    mixture.mask_expert(second)
+    mute(mixture, [third])
+    assert active_experts(mixture, mixture.experts()) == [first, fourth]
 
 
 @pytest.mark.parametrize("recipe", [{"momentum": 0.9}, {"optimizer": "adamw", "weight_decay": 0.1}])

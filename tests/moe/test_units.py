@@ -68,6 +68,17 @@ def test_a_pruned_expert_is_a_muted_one() -> None:
     assert not changed(copies(model), copies(other))
 
 
+def test_experts_without_effect_are_no_units() -> None:
+    """Their masks would stay 1, and one of them would be the expert that a layer keeps."""
+    model = used_model()
+    mute(model, [model.experts()[2]])
+    [units] = expert_units(model)
+    assert units.names == ("moe/0", "moe/1", "moe/3")
+    assert units.rows["moe.conv.bias"].tolist() == [0] * 5 + [1] * 5 + [3] * 5 + [2] * 5
+    mute(model, model.experts())
+    assert expert_units(model) == []
+
+
 def test_half_a_mask_on_every_kind_of_tensor_by_hand() -> None:
     model = used_model()
     [gates] = gate_units(model)

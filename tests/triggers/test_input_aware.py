@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.testing.making import batch
 from backdoorbench_moe.triggers.input_aware import Generator, InputAware, diversity_loss
 
@@ -105,3 +105,8 @@ def test_a_state_makes_another_object_the_same_trigger() -> None:
 def test_values_out_of_range_are_refused(options) -> None:
     with pytest.raises(ConfigError, match=f"input-aware: {next(iter(options))}: expected"):
         InputAware(**options)
+
+
+def test_images_without_colour_are_refused() -> None:
+    with pytest.raises(ShapeError, match="InputAware: expected images of 3 channels, got 1"):
+        InputAware(channels=2)(batch(2, 1, 8, 8))
