@@ -51,6 +51,11 @@ def defend(run: Run, name: str, output: Path, **options: object) -> Run:
     return run_defense(run, part, output=output)
 
 
+def test_the_record_counts_what_the_defender_has_of_both_tasks(tmp_path, mixture) -> None:
+    run = defend(mixture, "align", tmp_path, clean_fraction=97 / 384)
+    assert run.record.data["clean_texts"] == 96
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_a_defense_is_measured_by_what_is_answered_before_and_after_it(tmp_path, mixture, name) -> None:
     run = defend(mixture, name, tmp_path)

@@ -214,8 +214,20 @@ class DefenseMaker(Maker):
         return found
 
     def _count(self) -> int:
-        """Number of training images or texts that the defender has."""
+        """Number of training images or texts that the defender has; for a mixture, before it is divided by tasks."""
         return self.defense.count(len(self.setup.data.train), self.setup.num_classes)
+
+    def _held(self) -> int:
+        """Number of training images or texts that the defender has, the same for each task of a mixture if possible."""
+        tasks, count = self.setup.tasks, self._count()
+        if tasks is None or not count:
+            return count
+        return sum(min(self._each(), len(tasks.train(task))) for task in tasks.numbers)
+
+    def _each(self) -> int:
+        """Number of training images or texts per task of a mixture that the defender has if the task has as many."""
+        assert self.setup.tasks is not None
+        return max(1, self._count() // len(self.setup.tasks.numbers))
 
     def _training_set(self) -> Split:
         """Return a copy of the training set of the victim, including poisoned images and labels."""
@@ -246,13 +258,13 @@ class DefenseMaker(Maker):
 
     def _task_images(self) -> list[Split]:
         """Return the defender's training images or texts for each task of a mixture, an equal number per task."""
-        tasks, count = self.setup.tasks, self._count()
+        tasks = self.setup.tasks
         assert tasks is not None
         held = []
         for task in tasks.numbers:
             split = tasks.train(task)
             order = torch.randperm(len(split), generator=generator(self.seed, "clean", task))
-            place = order[: max(1, count // len(tasks.numbers))].sort().values.to(split.labels.device)
+            place = order[: self._each()].sort().values.to(split.labels.device)
             held.append(Split(split.images[place], split.labels[place]))
         return held
 
@@ -274,7 +286,7 @@ class DefenseMaker(Maker):
         """Return the record of the run at its start, with the defense's options, seed and number of images or texts."""
         record = super().new_record(inputs)
         record.parts["defense"] = describe(self.defense)
-        record.data["clean_texts" if record.is_text else "clean_images"] = self._count()
+        record.data["clean_texts" if record.is_text else "clean_images"] = self._held()
         record.seeds["defense"] = self.seed
         return record
 
