@@ -400,6 +400,12 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cifar10-vmoe-patch-ba": partial(
         defended_by, place="standard-vmoe/small", model="vmoe", applicator="patch", metric="ba"
     ),
+    "cifar10-vmoe-patch-auroc": partial(
+        defended_by, place="standard-vmoe/small", model="vmoe", applicator="patch", metric="auroc"
+    ),
+    "defended-vmoe-auroc": partial(
+        defended_by, place="standard-vmoe/quick", model="vmoe", applicator="patch", metric="auroc"
+    ),
     "cifar10-vmoe-image": partial(defended_by, place="standard-vmoe/small", model="vmoe", applicator="image"),
     "expert-forms": partial(defended_by, place="expert-forms/small", model="pmoe", applicator="patch"),
     "expert-forms-ba": partial(
