@@ -71,7 +71,12 @@ def describe_collapse(record: Mapping[str, Any]) -> str | None:
         return None
     chance, ba = chance_of(record), _own_ba(record)
     numbers = f" (BA {ba['value']:.2f}%, chance {100 * chance:.2f}%)" if ba and chance else ""
-    return f"near chance{numbers}: the model has not learned its task, and its ASR says nothing about the trigger"
+    if "asr" in record["metrics"]:
+        meaning = "the model has not learned its task, and its ASR says nothing about the trigger"
+    else:
+        # Such as an imported model, which may have been trained on images with another normalisation.
+        meaning = "the model has not learned its task, or its images were prepared differently in training"
+    return f"near chance{numbers}: {meaning}"
 
 
 def _own_ba(record: Mapping[str, Any]) -> dict[str, float] | None:

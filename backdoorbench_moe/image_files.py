@@ -86,7 +86,7 @@ def read_content(path: Path) -> bytes:
             raise DataError(f"{path}: expected an image file, got a folder, pipe or device")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+        raise DataError(f"{path}: cannot be read as an image: {error.strerror or error}") from error
 
 
 def decode_content(content: bytes, path: Path, *, convert: bool = False) -> tuple[Image.Image, bool]:

@@ -53,9 +53,20 @@ def test_what_the_docs_printed(suite) -> None:
     assert collapsed(record)
     line = collapse_line(record)
     assert line is not None and "\n" not in line
-    assert line.startswith("near chance (BA 10.00%, chance 10.00%)")
+    assert line.startswith("near chance (BA 10.00%, chance 10.00%)") and "its ASR says nothing" in line
     good = record_of(suite.cells[0].spec, ba=6600)
     assert (collapsed(good), collapse_line(good)) == (False, None)
+
+
+def test_of_a_run_without_a_trigger_no_asr_is_mentioned(suite) -> None:
+    record = record_of(suite.cells[0].spec, ba=1000)
+    del record.metrics["asr"]
+    line = collapse_line(record)
+    assert (
+        line is not None
+        and "ASR" not in line
+        and "or its images were prepared differently in training" in line
+    )
 
 
 def test_the_records_own_field_decides_where_it_has_one(suite) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from suites import tiny_suite
 from third_party import bbmoe, put_package
+from tiny import tiny_spec
+from torch import nn
 
-from backdoorbench_moe import plugins
+from backdoorbench_moe import models, plugins
 from backdoorbench_moe.bench.running.run import check
-from backdoorbench_moe.engine.runner import Runner
-from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.engine.runner import Runner, run_attack
+from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError
 from backdoorbench_moe.plugins import Candidate, describe_error, raised_in
 
 RAISES = """\
@@ -38,6 +40,50 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the package `raising` known, with a trigger in its module `raising.parts`."""
     part = Candidate("trigger", "raises", "raising.parts:Raises", "bbmoe-raising", "0.3")
     monkeypatch.setattr(plugins, "discover", lambda kind: [part] if kind == "trigger" else [])
+
+
+class Tuples(nn.Module):
+    """Returns more than the logits."""
+
+    def __init__(self, *, num_classes: int = 10, image_size: int = 32) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        return self.head(images.mean((2, 3))), images
+
+
+class FewClasses(Tuples):
+    """Ignores the number of classes."""
+
+    def forward(self, images):
+        return self.head(images.mean((2, 3)))[:, :2]
+
+
+class Fixed(Tuples):
+    """Has nothing to train."""
+
+    def __init__(self, *, num_classes: int = 10, image_size: int = 32) -> None:
+        super().__init__()
+        self.head.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Tuples, r"expected logits \(2, 3\) of 2 images and 3 classes, got tuple"),
+        (FewClasses, r"expected logits \(2, 3\) of 2 images and 3 classes, got \(2, 2\)"),
+        (Fixed, "expected parameters to train, got none"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(kind, message, tmp_path) -> None:
+    models.registry.register("misfit")(kind)
+    try:
+        with pytest.raises(PluginError, match=f"model 'misfit': {message}"):
+            run_attack(tiny_spec(model="misfit"), output=tmp_path)
+    finally:
+        models.registry.unregister("misfit")
+    assert not list(tmp_path.iterdir())
 
 
 CODE = "def stamp():\n    return {}['strength']\n\n\nstamp()\n"

@@ -123,8 +123,9 @@ class _ImageAnalyzer(Analyzer):
         return self._finished(found)
 
     def _miss_routing(self) -> None:
+        name = self.opened.run.spec.model.name
         for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
-            self._miss(part, f"the model {self.opened.run.spec.model.name!r} is dense: it routes nothing")
+            self._miss(part, f"the model {name!r} has no routing: it is dense, or not a RoutedModel")
 
     def _with_routing(self, found: Analysis, routed: passes.PairedPass) -> Analysis:
         """Add the routing of the run's model and, if there is one, of the model that it is compared with."""

@@ -9,7 +9,7 @@ import click
 from backdoorbench_moe.cli.params import PATH
 from backdoorbench_moe.cli.terminal.streams import echo
 from backdoorbench_moe.cli.terminal.threads import CoreUsage, threads_option, use_threads
-from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.errors import ConfigError, naming
 from backdoorbench_moe.paths import expand
 
 
@@ -64,7 +64,10 @@ def command(
     from backdoorbench_moe.cli.terminal.progress import make_observer
     from backdoorbench_moe.engine.run import load_run
 
-    opened, other = load_run(run), None if against is None else load_run(against)
+    opened, other = load_run(run), None
+    if against is not None:
+        with naming("--against"):
+            other = load_run(against)
     use_threads(threads, usage, device or opened.spec.device)
     place = opened.folder.path if output is None else output
     check_output(place)

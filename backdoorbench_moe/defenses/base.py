@@ -258,7 +258,9 @@ class Defense(ABC):
             self.check_images(task.model, task.image_size)
         result = self.defend(task)
         if not isinstance(result, DefenseResult):
-            raise PluginError(f"defense {type(self).__name__}: expected a DefenseResult, got {result!r}")
+            raise PluginError(
+                f"defense {type(self).__name__}: expected a DefenseResult, got {type(result).__name__}"
+            )
         if not all(isinstance(each, Judgement) for each in result.judgements):
             raise PluginError(
                 f"defense {type(self).__name__}: expected judgements, got {result.judgements!r}"

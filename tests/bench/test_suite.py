@@ -136,8 +136,24 @@ def test_a_surrogate_has_the_options_of_the_scale_as_a_victim_has(tmp_path) -> N
             "suite tiny: plots: p: panels: key: unknown 'modle'; did you mean 'model'",
         ),
         (
-            {"plots": [{"title": "p", "x": "attack.k"}]},
-            "suite tiny: plots: p: x: expected a key that has a value in some cell, got 'attack.k'",
+            {"plots": [{"title": "p", "x": "gate.top_k"}]},
+            "suite tiny: plots: p: x: expected a key that has a value in some cell, got 'gate.top_k'",
+        ),
+        (
+            {"plots": [{"title": "p", "x": "trigger.sise"}]},
+            r"suite tiny: plots: p: x: key: unknown 'trigger\.sise'; did you mean 'trigger\.size'",
+        ),
+        (
+            {"tables": [{"title": "t", "rows": ["trigger.rati"], "columns": "seed"}]},
+            r"suite tiny: tables: t: rows: key: unknown 'trigger\.rati'; did you mean 'trigger\.ratio'",
+        ),
+        (
+            {"tables": [{"title": "t", "rows": ["seed"], "columns": "seed", "where": {"model.witdh": 2}}]},
+            r"suite tiny: tables: t: where: key: unknown 'model\.witdh'",
+        ),
+        (
+            {"paper": {"file": "badpatches_tables_1_2", "where": {"triger": "square"}}},
+            "suite tiny: paper: where: key: unknown 'triger'; did you mean 'trigger'",
         ),
         (
             {"plots": [{"title": "p", "where": {"trigger": "squares"}}]},
@@ -187,7 +203,8 @@ def test_filters_take_any_key_and_rates_as_percent() -> None:
         ("trigger", "--only: expected 'key=value"),
         ("trigger=blnd", "did you mean 'blend'"),
         ("poison.rate=3%", "known: 0.25, 0.5"),
-        ("colour=red", "key: unknown 'colour'"),
+        ("colour=red", "--only: key: unknown 'colour'"),
+        ("trigger.sise=4", r"--only: key: unknown 'trigger\.sise'; did you mean 'trigger\.size'"),
         ("trigger=blend,poison.rate=25%", "use a separate --only for another key"),
     ):
         with pytest.raises(ConfigError, match=message.replace("'key", "'?key")):

@@ -149,14 +149,14 @@ def test_a_dense_model_shows_what_it_has(bbmoe, tmp_path) -> None:
     [run] = run_attack(tiny_spec(model={"name": "wide_resnet", "widen_factor": 1}), output=tmp_path)
     code, out, _ = bbmoe("analyze", run.folder.path, "--quiet")
     assert code == 0
-    for part in ("routing", "capture", "shift", "pixels", "carriers", "comparison", "probe"):
-        assert f"no {part}: the model 'wide_resnet' is dense: it routes nothing" in " ".join(out.split())
+    absent = "no routing, capture, shift, pixels, carriers, comparison, probe: the model 'wide_resnet' has no routing"
+    assert " ".join(out.split()).count(absent) == 1
     figures = {file.stem for file in (run.folder.path / "figures").glob("*.png")}
     assert figures == {"history", *(f"image-{n}" for n in range(1, 7))}
 
 
 BAD = {
-    "no image": (["--images", "none.png"], "none.png: cannot be read as an image (FileNotFoundError"),
+    "no image": (["--images", "none.png"], "none.png: cannot be read as an image: No such file or directory\n"),
     "no picture": (["--images", "3,{text}"], "text.png: cannot be read as an image (UnidentifiedImageError"),
     "clear": (["--images", "{clear}"], "clear.png: expected an RGB, grey or palette image of 8 bits a channel without"),
     "images": (["--images", "60"], "images: expected test images in 0..59, or files, got 60"),
@@ -164,7 +164,7 @@ BAD = {
     "empty": (["--images", "3,,4"], "--images: expected numbers of test images such as 3,17, or files"),
     "many": (["--images", ",".join("1" * 101)], "images: expected 1 to 100 images, got 101"),
     "carriers": (["--carriers-images", "0"], "carriers_images: expected at least 1, got 0"),
-    "against": (["--against", "nothing"], "run folder nothing: expected a folder with a record.json"),
+    "against": (["--against", "nothing"], "--against: run folder nothing: expected a folder with a record.json"),
     "device": (["--device", "gpu"], "device: expected"),
     "output": (["--output", "{text}"], "expected a folder"),
     "data root": (["--data-root", "x"], "--data-root (data_root=): expected none"),

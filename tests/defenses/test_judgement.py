@@ -95,7 +95,7 @@ class Returns(Defense):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (lambda model: model, "expected a DefenseResult"),
+        (lambda model: model, "expected a DefenseResult, got [A-Za-z]+$"),
         (lambda model: DefenseResult("done", model, ({"about": "class"},)), "expected judgements, got"),
         (
             lambda model: DefenseResult("done", model, (RIGHT["input"],) * 2),

@@ -16,6 +16,7 @@ from backdoorbench_moe.bench.suites.suite import (
     Layout,
     Plot,
     Suite,
+    check_key,
     value_of,
 )
 from backdoorbench_moe.config import RunSpec, Values, build_spec, load_yaml, merge, normalise
@@ -180,7 +181,7 @@ def _nest(key: str, value: Any) -> Values:
 
 
 def _check(suite: Suite, where: str) -> None:
-    """Check that no run is listed twice, and that layouts and plots use existing keys and metrics."""
+    """Check that no run is listed twice, and that tables, plots and `paper` use existing keys and metrics."""
     seen: dict[str, Cell] = {}
     for cell in suite.cells:
         if (twin := seen.setdefault(replace(cell.spec, seed=0).digest, cell)) is not cell:
@@ -204,15 +205,14 @@ def _check(suite: Suite, where: str) -> None:
         _check_where(suite, plot.where, place)
         if not any(plot.shows(cell.spec) for cell in suite.cells):
             raise ConfigError(f"{place}: x: expected a key that has a value in some cell, got {plot.x!r}")
+    if suite.paper is not None:
+        _check_keys(suite, suite.paper.get("where", {}), f"{where}: paper: where")
 
 
 def _check_keys(suite: Suite, keys: Iterable[str], place: str, *others: str) -> None:
     """Check that specs have these keys; `others` are valid at this place, too."""
     for key in keys:
-        try:
-            value_of(suite.cells[0].spec, key)
-        except UnknownNameError as error:
-            raise UnknownNameError(f"{place}: key", key, [*error.known, *others]) from error
+        check_key([cell.spec for cell in suite.cells], key, place, *others)
 
 
 def _check_where(suite: Suite, where: Mapping[str, Any], place: str) -> None:

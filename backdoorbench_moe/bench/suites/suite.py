@@ -189,6 +189,7 @@ class Suite:
                 raise ConfigError.expected("--only", "key=value[,value]", text)
             # Parts are matched by name only.
             key = f"{key}.name" if key in PARTS else key
+            check_key([cell.spec for cell in self.cells], key, "--only")
             there = {filter_text(cell.spec, key) for cell in self.cells}
             asked = {_shown(_scaled(part.strip())) for part in wanted.split(",")}
             if unknown := sorted(asked - there):
@@ -261,10 +262,44 @@ def value_of(spec: RunSpec, key: str) -> Any:
         if not isinstance(value, dict):
             raise UnknownNameError("key", key, [])
         if first in PARTS and place == 0 and name not in value:
-            kind = "model" if first == SURROGATE else first
-            return _as_text(_default(kind, value["name"], name))
+            return _as_text(_default(_kind(first), value["name"], name))
         value = value.get(name)
     return _as_text(value)
+
+
+def check_key(specs: Sequence[RunSpec], key: str, where: str, *others: str) -> None:
+    """Check that a key of `value_of` exists. The option of a part must be one of the parts in `specs`.
+
+    Args:
+        specs: The specs whose values are looked up, at least one.
+        key: The key.
+        where: Place of the key, with which the message begins.
+        others: Keys that are valid at this place, too.
+
+    Raises:
+        UnknownNameError: The key does not exist; the message suggests similar ones.
+    """
+    try:
+        value_of(specs[0], key)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{where}: key", key, [*error.known, *others]) from error
+    first, _, option = key.partition(".")
+    if first not in PARTS or option in ("", "name"):
+        return
+    parts = [part for spec in specs if (part := getattr(spec, first)) is not None]
+    known = {name for part in parts for name in part.options}
+    try:
+        for name in {part.name for part in parts}:
+            known.update(registry_of(_kind(first)).options(name))
+    except BbmoeError:  # A part that is not installed may have any option.
+        return
+    if parts and option.partition(".")[0] not in known:
+        raise UnknownNameError(f"{where}: key", key, [f"{first}.{name}" for name in ("name", *known)])
+
+
+def _kind(part: str) -> str:
+    """Return the kind of a part of a spec."""
+    return "model" if part == SURROGATE else part
 
 
 def _check_setting(key: str) -> None:

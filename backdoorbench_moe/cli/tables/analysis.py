@@ -58,8 +58,11 @@ def print_analysis(analysis: Analysis, files: Sequence[Path]) -> None:
         console.print(carriers_table(analysis.carriers, text=text))
     if analysis.answers is not None:
         console.print(answers_table(analysis))
+    parts: dict[str, list[str]] = {}
     for missing in analysis.absent:
-        console.print(f"no {missing.part}: {missing.reason}", style="dim", markup=False)
+        parts.setdefault(missing.reason, []).append(missing.part)
+    for reason, names in parts.items():
+        console.print(f"no {', '.join(names)}: {reason}", style="dim", markup=False)
     if analysis.trigger_from not in (None, analysis.run.name):
         console.print(f"trigger: that of {analysis.trigger_from}", markup=False)
     for file in files:

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backdoorbench_moe import models
 from backdoorbench_moe.attacks.base import Attack, PoisonPlan
 from backdoorbench_moe.attacks.expert_poisoning import ExpertPoisoning
 from backdoorbench_moe.attacks.training_control import TrainingControl
@@ -16,7 +17,10 @@ from backdoorbench_moe.engine.build import Stamper, cut
 from backdoorbench_moe.engine.poisoning.learned import learned_trigger
 from backdoorbench_moe.engine.poisoning.poison import stamp_images, stamp_places
 from backdoorbench_moe.engine.poisoning.policy import policy_count
-from backdoorbench_moe.errors import BbmoeWarning, ConfigError
+from backdoorbench_moe.errors import BbmoeWarning, ConfigError, PluginError
+from backdoorbench_moe.moe.routed import forward
+from backdoorbench_moe.moe.temporary import evaluation_mode
+from backdoorbench_moe.ops.seeding import seeded
 from backdoorbench_moe.triggers.stored import StoredTrigger
 from backdoorbench_moe.triggers.trainable import TrainableTrigger
 from backdoorbench_moe.wording.counting import count
@@ -31,6 +35,28 @@ def check_parts(spec: RunSpec) -> None:
         raise ConfigError.expected("trigger", "the mark of the images that the policy rejects", None)
     if spec.mixture is not None and spec.splitter is None:
         raise ConfigError.expected("splitter", "the tasks of the experts that are merged", None)
+
+
+def check_model(spec: RunSpec, model: nn.Module, image_size: int, num_classes: int) -> None:
+    """Check that a third-party model has parameters, and maps two images to logits of all classes.
+
+    Raises:
+        PluginError: It does not. An exception of the model itself is not caught.
+    """
+    name = spec.model.name
+    candidate = models.registry.candidate(name.partition(":")[0])
+    if candidate is not None and candidate.builtin:
+        return
+    place = f"model {name!r}" + (f" from {candidate.origin}" if candidate else "")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise PluginError(f"{place}: expected parameters to train, got none")
+    with torch.no_grad(), seeded(spec.seed, "init"), evaluation_mode(model):
+        logits: object = forward(model, torch.zeros(2, 3, image_size, image_size))[0]
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if got != (2, num_classes):
+        raise PluginError(
+            f"{place}: expected logits (2, {num_classes}) of 2 images and {num_classes} classes, got {got}"
+        )
 
 
 def check_mixture(spec: RunSpec, attack: Attack) -> None:

@@ -58,6 +58,7 @@ class ImageSetup(Setup):
             attack.check(images.data_classes)
             image_checks.check_mixture(spec, attack)
         self.model = build_model(spec, self.images.model_options)
+        image_checks.check_model(spec, self.model, self.image_size, self.num_classes)
         self.attack = attack
         self.tasks = None if spec.mixture is None else Tasks(spec, images)
         self._triggered: Triggered | None = None
