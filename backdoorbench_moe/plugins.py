@@ -150,7 +150,7 @@ def unmet_requirements(package: str) -> list[str]:
     return missing
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an exception that ended a run.
 
     Returns:
@@ -163,7 +163,7 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" + (f" (raised in {place})" if place else "")
 
 
-def raised_in(error: Exception) -> str | None:
+def raised_in(error: BaseException) -> str | None:
     """Return the innermost function of a third-party package with parts that an exception passed; None if none.
 
     Returns:

@@ -192,10 +192,10 @@ class Registry(Generic[T]):
         except (BbmoeError, OSError, MemoryError):
             raise
         # Such as those of third-party parts, or of torch for sizes that are too large.
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._not_built(name, error) from error
 
-    def _not_built(self, name: str, error: Exception) -> BbmoeError:
+    def _not_built(self, name: str, error: BaseException) -> BbmoeError:
         candidate = self.candidate(name.partition(":")[0])
         reason = (str(error).strip() or "no message").splitlines()[0]
         message = f"cannot be built with these options: {type(error).__name__}: {reason}"

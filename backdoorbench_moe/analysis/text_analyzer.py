@@ -30,7 +30,9 @@ class TextAnalyzer(Analyzer):
             found = replace(found, experts=self._experts(passed, against), carriers=self._carriers())
         else:
             for part in ("experts", "carriers"):
-                self._miss(part, f"the model {opened.run.spec.model.name!r} is dense: it routes nothing")
+                self._miss(
+                    part, f"the model {opened.run.spec.model.name!r} is not a mixture of merged experts"
+                )
         if self.refused is not None:
             found = replace(found, latents=self._latents(self._find_latents))
         with self._timed("answers"):

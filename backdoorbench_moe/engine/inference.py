@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.engine.device import autocast
+from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import WithFeatures
 from backdoorbench_moe.ops.images import Split, as_input, batch_size_for
@@ -71,5 +72,21 @@ def losses(model: nn.Module, split: Split, *, precision: str, batch_size: int | 
 
 
 def predict(model: nn.Module, images: Tensor, *, precision: str, batch_size: int | None = None) -> Tensor:
-    """Predicted classes (N,) int64 of (N, C, H, W) uint8 images, in evaluation mode, on their device."""
-    return logits(model, images, precision=precision, batch_size=batch_size).argmax(1)
+    """Predicted classes (N,) int64 of (N, C, H, W) uint8 images, in evaluation mode, on their device.
+
+    Raises:
+        RecordError: The model's logits contain NaN.
+    """
+    return classes_of(logits(model, images, precision=precision, batch_size=batch_size))
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """Predicted classes or tokens (N,) int64 from logits (N, classes).
+
+    Raises:
+        RecordError: A logit is NaN, which `argmax` would take for the largest: the ASR would be that of the class with
+            the first NaN.
+    """
+    if logits.isnan().any():
+        raise RecordError("the model's logits contain NaN: its weights do, or its computation overflows")
+    return logits.argmax(1)

@@ -160,7 +160,7 @@ def test_any_key_of_a_spec_or_record_is_a_column(bbmoe, tmp_path) -> None:
     ("args", "message"),
     [
         (["--columns", "asrr"], "column: unknown 'asrr'; did you mean 'asr'"),
-        (["--columns", "train.lrr"], "column: unknown 'train.lrr'"),
+        (["--columns", "train.lrr"], "column: unknown 'train.lrr'; did you mean 'train.lr'"),
         (["--sort", "-sed"], "column: unknown 'sed'; did you mean 'seed'"),
         (["--columns", "ba,,asr"], "--columns: expected names of columns"),
     ],

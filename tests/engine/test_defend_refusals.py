@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from defense_tasks import PRUNING, TUNING, defended_spec
 from tiny import Tiny, tiny_spec
 from tiny_runs import Counting
@@ -48,6 +50,24 @@ class Empty(Bad):
         return None  # type: ignore[return-value]
 
 
+class NotANumber(Bad):
+    """Gives back a model whose weights are NaN: argmax would call every image class 0, the target."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Spoil the weights."""
+        with torch.no_grad():
+            task.model.head.weight.fill_(float("nan"))
+        return DefenseResult("spoilt", task.model)
+
+
+class Ends(Bad):
+    """Ends Python."""
+
+    def defend(self, task: DefenseTask) -> DefenseResult:
+        """Exit."""
+        sys.exit(5)
+
+
 class Twice(Bad):
     """Reports a stage that the engine has already."""
 
@@ -59,7 +79,13 @@ class Twice(Bad):
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [(Grown, "same architecture"), (Empty, "DefenseResult, got None"), (Twice, "a new name")],
+    [
+        (Grown, "same architecture"),
+        (Empty, "DefenseResult, got None"),
+        (Twice, "a new name"),
+        (NotANumber, "NaN, found it in head.weight"),
+        (Ends, "SystemExit: 5"),
+    ],
 )
 def test_a_defense_that_breaks_the_interface_is_recorded_as_failed(tmp_path, offer, part, message) -> None:
     offer("bad", part)

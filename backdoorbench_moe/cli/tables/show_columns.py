@@ -161,8 +161,17 @@ def _dotted(key: str, runs: Sequence[ShownRun], known: Sequence[str]) -> Column:
 
     if all(value(run) is None for run in runs):
         hint = "; or a dotted key of the spec or record, such as train.lr or timing.total_seconds"
-        raise UnknownNameError("column", key, known, hint)
+        raise UnknownNameError("column", key, [*known, *_siblings(key, runs)], hint)
     return Column(key, key, value, _text_of(value))
+
+
+def _siblings(key: str, runs: Sequence[ShownRun]) -> list[str]:
+    """Return the dotted keys of the runs' specs and records that begin as a key does: with "train." for "train.lrr"."""
+    first, dot, _ = key.partition(".")
+    if not dot:
+        return []
+    values = [_get(each, first) for run in runs for each in (run.record.spec, asdict(run.record))]
+    return sorted({f"{first}.{name}" for found in values if isinstance(found, dict) for name in found})
 
 
 def _get(values: Any, key: str) -> Any:

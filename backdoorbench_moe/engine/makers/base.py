@@ -24,7 +24,7 @@ from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.choice import make_setup
 from backdoorbench_moe.engine.weights.start import Start, check_start, load_start
 from backdoorbench_moe.engine.workplace import Workplace
-from backdoorbench_moe.errors import BbmoeWarning, RecordError
+from backdoorbench_moe.errors import BbmoeWarning, PluginError, RecordError
 from backdoorbench_moe.ops.seeding import derive_seed, seeded
 from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import GateShares, Input, Record, RunFolder
@@ -126,10 +126,13 @@ class Maker(ABC):
             record.status = "interrupted"
             folder.write(record)
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Any exception, including those of plug-ins, since the record must not keep the status "running".
             record.status, record.error = "failed", describe_error(error) or type(error).__name__
             folder.write(record)
+            if isinstance(error, SystemExit):
+                # The part of a plug-in must not end the command, or the other runs of a suite.
+                raise PluginError(record.error) from error
             raise
         assert self.required_metrics() <= record.metrics.keys(), "the maker left out a metric"
         record.gate_shares = self._gate_shares

@@ -186,6 +186,10 @@ class DefenseMaker(Maker):
             raise PluginError(
                 f"defense {self.spec.defenses[-1].name!r}: expected a model of the same architecture"
             )
+        if names := [name for name, tensor in result.model.state_dict().items() if tensor.isnan().any()]:
+            raise PluginError(
+                f"defense {self.spec.defenses[-1].name!r}: expected a model without NaN, found it in {names[0]}"
+            )
         stages.add(result.stage, result.model.eval())
         return result
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.engine.device import autocast
-from backdoorbench_moe.engine.inference import forward
+from backdoorbench_moe.engine.inference import classes_of, forward
 from backdoorbench_moe.moe.structure import Generates
 from backdoorbench_moe.ops.answers import query_positions
 from backdoorbench_moe.ops.images import Split, batch_size_for
@@ -56,7 +56,7 @@ def _greedy(
     for step in range(new_tokens):
         last = lengths + step
         logits = forward(model, text[:, : int(last.max())], precision=precision)[rows, last - 1]
-        found = logits.argmax(-1).masked_fill(ended, padding)
+        found = classes_of(logits).masked_fill(ended, padding)
         answers[:, step] = text[rows, last] = found
         ended |= found == end
         if ended.all():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe.data.base import Split
-from backdoorbench_moe.engine.inference import forward_routed
+from backdoorbench_moe.engine.inference import classes_of, forward_routed
 from backdoorbench_moe.engine.measuring.evaluate import Metrics, share
 from backdoorbench_moe.moe.merging import gate_weights
 from backdoorbench_moe.moe.routed import RoutedModel
@@ -46,17 +46,21 @@ class RoutedPass(GatePass):
 
 @torch.inference_mode()
 def routed_pass(model: nn.Module, images: Tensor, *, precision: str) -> RoutedPass:
-    """Pass (N, C, H, W) uint8 images through a mixture, in evaluation mode."""
+    """Pass (N, C, H, W) uint8 images through a mixture, in evaluation mode.
+
+    Raises:
+        RecordError: The model's logits contain NaN.
+    """
     assert isinstance(model, RoutedModel)
     model.eval()
-    predicted, weights = [], []
+    logits, weights = [], []
     layers: tuple[str, ...] = ()
     for batch in images.split(batch_size_for(images)):
         output = forward_routed(model, batch, precision=precision)
-        predicted.append(output.logits.argmax(1))
+        logits.append(output.logits)
         weights.append(torch.stack([gate_weights(each).mean(2) for each in output.routing]).float().cpu())
         layers = tuple(each.layer for each in output.routing)
-    return RoutedPass(predicted=torch.cat(predicted), weights=torch.cat(weights, 1), layers=layers)
+    return RoutedPass(predicted=classes_of(torch.cat(logits)), weights=torch.cat(weights, 1), layers=layers)
 
 
 @dataclass(frozen=True)
