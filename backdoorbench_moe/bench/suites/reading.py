@@ -28,25 +28,26 @@ from backdoorbench_moe.ops.ranges import check_repeats
 from backdoorbench_moe.options import convert
 
 
-def load_suite(name: str, scale: str | None = None) -> Suite:
+def load_suite(name: str, scale: str | None = None, *, what: str = "suite") -> Suite:
     """Read a suite and expand its grid.
 
     Args:
         name: Name of a built-in suite, or path of a YAML file.
         scale: One of the suite's scales; the first by default.
+        what: What the caller takes, for the error message if there is no such suite.
 
     Raises:
         UnknownNameError: The suite, or its scale, or a key or part in it does not exist.
-        ConfigError: A value is invalid; only what can be checked without data is checked. The message names the suite,
-            the key and the cell.
+        ConfigError: There is no file at the path, or a value is invalid; only what can be checked without data is
+            checked. The message names the suite, the key and the cell.
     """
-    file = find_file(name, "suites", "suite")
+    file = find_file(name, "suites", what)
     return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
 
 
-def load_named(text: str) -> Suite:
+def load_named(text: str, *, what: str = "suite") -> Suite:
     """Read a suite given as SUITE or SUITE:SCALE; see `load_suite`."""
-    return load_suite(*split_scale(text))
+    return load_suite(*split_scale(text), what=what)
 
 
 def split_scale(text: str) -> tuple[str, str | None]:

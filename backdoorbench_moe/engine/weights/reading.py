@@ -20,6 +20,7 @@ from backdoorbench_moe.engine.weights.instructions import LARGEST_HEADER
 from backdoorbench_moe.engine.weights.refusals import first_line, refusal, short
 from backdoorbench_moe.engine.weights.stand_ins import Unread
 from backdoorbench_moe.engine.weights.torch_files import check_legacy, check_zip, load_torch
+from backdoorbench_moe.paths import near_files
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
@@ -116,10 +117,7 @@ def _missing(file: Path) -> str:
     """Why a file is not found, with similar file names in the same folder."""
     if file.is_symlink():
         return "is a link to a file that is not there"
-    try:
-        near = near_names(file.name, [path.name for path in file.parent.iterdir() if path.is_file()])
-    except OSError:
-        near = []
+    near = near_files(file)
     return f"not found; did you mean {' or '.join(map(repr, near))}?" if near else "not found"
 
 
