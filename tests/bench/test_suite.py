@@ -207,6 +207,18 @@ def test_a_missing_file_is_named_without_the_list_of_suites(tmp_path) -> None:
             load_suite(name)
 
 
+def test_a_broken_file_is_called_what_it_is(tmp_path) -> None:
+    own, scale = tmp_path / "own.yaml", tmp_path / "scales" / "own.yaml"
+    scale.parent.mkdir()
+    own.write_text("grid: [")
+    with pytest.raises(ConfigError, match=r"^suite file \S+own\.yaml: not valid YAML: "):
+        load_suite(str(own))
+    own.write_text("{title: own, version: 1, scales: [own], grid: {poison.rate: 0.1}}")
+    scale.write_text("[]")
+    with pytest.raises(ConfigError, match=r"^scale file \S+own\.yaml: expected a mapping, got \[\]"):
+        load_suite(str(own))
+
+
 def test_filters_take_any_key_and_rates_as_percent() -> None:
     suite = tiny_suite()
     assert len(suite.only(["trigger=square"]).cells) == 2
