@@ -61,6 +61,12 @@ class Registry(Generic[T]):
         """Return all names that can be looked up, sorted; nothing is imported."""
         return sorted({*self._found[0], *self._local})
 
+    def name_of(self, part: type) -> str:
+        """Return the name of a part that was looked up; the name of the class if it is not registered."""
+        loaded = {found: candidate.name for candidate, found in self._loaded.items()}
+        local = {found: name for name, found in self._local.items()}
+        return {**loaded, **local}.get(part, part.__name__)
+
     def candidate(self, name: str) -> Candidate | None:
         """Return the usable entry point with this name.
 
