@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.options import Option, call_fault, check_options, convert, list_options
-from backdoorbench_moe.plugins import Candidate, discover
+from backdoorbench_moe.plugins import Candidate, discover, strays
 
 T = TypeVar("T")
 
@@ -228,7 +228,10 @@ class Registry(Generic[T]):
         for candidate, reason in self._found[1].items():
             if candidate.name == name.partition(":")[0]:
                 return PluginError(reason)
-        return UnknownNameError(self.kind, name, self.names())
+        # Parts that do not load are not looked for, as their names are known.
+        broken = self._found[1] or strays()
+        hint = "; see `bbmoe list` for broken plug-ins" if broken else ""
+        return UnknownNameError(self.kind, name, self.names(), hint)
 
     def _load(self, candidate: Candidate) -> type[T]:
         # Cached: a suite looks up its parts thousands of times.
