@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.wording.spelling import near_names
 
 CACHE_VARIABLE, CACHE = "BBMOE_CACHE", "~/.cache/backdoorbench_moe"
 
@@ -38,6 +39,14 @@ def cache_root() -> Path:
         ConfigError: The user in "~user" does not exist.
     """
     return expand(os.environ.get(CACHE_VARIABLE) or CACHE, f"${CACHE_VARIABLE}")
+
+
+def near_files(file: Path) -> list[str]:
+    """Return the names of the files in the same folder of which the name of a missing file may be a misspelling."""
+    try:
+        return near_names(file.name, [path.name for path in file.parent.iterdir() if path.is_file()])
+    except OSError:
+        return []
 
 
 def check_output(folder: Path, parameter: str, files: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.options import Option, call_fault, check_options, convert, list_options
-from backdoorbench_moe.plugins import Candidate, discover
+from backdoorbench_moe.plugins import Candidate, discover, strays
 
 T = TypeVar("T")
 
@@ -60,6 +60,12 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Return all names that can be looked up, sorted; nothing is imported."""
         return sorted({*self._found[0], *self._local})
+
+    def name_of(self, part: type) -> str:
+        """Return the name of a part that was looked up; the name of the class if it is not registered."""
+        loaded = {found: candidate.name for candidate, found in self._loaded.items()}
+        local = {found: name for name, found in self._local.items()}
+        return {**loaded, **local}.get(part, part.__name__)
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the usable entry point with this name.
@@ -222,7 +228,10 @@ class Registry(Generic[T]):
         for candidate, reason in self._found[1].items():
             if candidate.name == name.partition(":")[0]:
                 return PluginError(reason)
-        return UnknownNameError(self.kind, name, self.names())
+        # Parts that do not load are not looked for, as their names are known.
+        broken = self._found[1] or strays()
+        hint = "; see `bbmoe list` for broken plug-ins" if broken else ""
+        return UnknownNameError(self.kind, name, self.names(), hint)
 
     def _load(self, candidate: Candidate) -> type[T]:
         # Cached: a suite looks up its parts thousands of times.

@@ -46,7 +46,7 @@ def offer(
         point = EntryPoint(name, target, "backdoorbench_moe.triggers")
         vars(point)["dist"] = Dist(package, (interfaces or {}).get(package, ()))
         points.append(point)
-    monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points))
+    monkeypatch.setattr(plugins, "entry_points", lambda **chosen: EntryPoints(points).select(**chosen))
     return Registry("trigger")
 
 
@@ -354,6 +354,10 @@ def test_a_group_whose_name_is_misspelt_is_named(monkeypatch) -> None:
         return EntryPoints(points).select(**chosen)
 
     monkeypatch.setattr(plugins, "entry_points", entry_points)
+    with pytest.raises(
+        UnknownNameError, match=r"^trigger: unknown 'two'; .*; see `bbmoe list` for broken plug-ins$"
+    ):
+        Registry("trigger").check_name("two")
     known = ", ".join(plugins.OWN_GROUPS)
     assert [(candidate.origin, reason) for candidate, reason in plugins.strays()] == [
         ("some 1.0", "unknown group 'backdoorbench-moe.models'; did you mean 'backdoorbench_moe.models'?"),

@@ -1,4 +1,4 @@
-"""Read YAML from users: config files and single "key=value" settings."""
+"""Read YAML from users: config files, suites and others, and single "key=value" settings."""
 
 from __future__ import annotations
 
@@ -45,8 +45,12 @@ StrictLoader.yaml_implicit_resolvers = {
 StrictLoader.add_implicit_resolver(BOOL, BOOLEAN, list("tTfF"))
 
 
-def load_yaml(path: Path) -> Values:
-    """Read a config file.
+def load_yaml(path: Path, what: str = "config file") -> Values:
+    """Read a YAML file.
+
+    Args:
+        path: The file.
+        what: What the file is, such as "suite file", for error messages.
 
     Raises:
         ConfigError: The file cannot be read, is not valid YAML, or is not a mapping of plain values. The message names
@@ -55,12 +59,12 @@ def load_yaml(path: Path) -> Values:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}") from error
+        raise ConfigError(f"{what} {path}: {error.strerror}") from error
     except YAML_ERRORS as error:
-        raise ConfigError(f"config file {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    check_plain(values, f"config file {path}")
+        raise ConfigError(f"{what} {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    check_plain(values, f"{what} {path}")
     if not isinstance(values, dict):
-        raise ConfigError.expected(f"config file {path}", "a mapping", values)
+        raise ConfigError.expected(f"{what} {path}", "a mapping", values)
     return values
 
 

@@ -11,6 +11,7 @@ from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.judgement import Judgement
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.ops.ranges import check_interval
+from backdoorbench_moe.registry import registry_of
 from backdoorbench_moe.shares import share_of
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class DefenseTask:
 
     def _grant(self, need: str) -> Any:
         if need not in self.granted:
-            raise PluginError(f"defense: uses {need!r}, which is not declared in its `needs`")
+            raise PluginError(f"uses {need!r}, which is not declared in its `needs`")
         return self.granted[need]
 
 
@@ -194,7 +195,7 @@ class Defense(ABC):
     ) -> None:
         check_interval("clean_fraction", clean_fraction, "(0, 1]")
         for unknown in sorted(set(self.needs).difference(NEEDS)):
-            raise PluginError(f"defense {type(self).__name__}: {UnknownNameError('needs', unknown, NEEDS)}")
+            raise PluginError(f"{self._where}: {UnknownNameError('needs', unknown, NEEDS)}")
         self.clean_fraction, self.finetune_data = clean_fraction, finetune_data
 
     def count(self, images: int, num_classes: int) -> int:
@@ -245,6 +246,11 @@ class Defense(ABC):
         epochs = recipe.epochs if self.epochs is None else self.epochs
         return Cost(trained=epochs * (train if "training-set" in self.needs else held))
 
+    @property
+    def _where(self) -> str:
+        """The defense in error messages."""
+        return f"defense {registry_of('defense').name_of(type(self))!r}"
+
     @final
     def __call__(self, task: DefenseTask) -> DefenseResult:
         """Defend the task's model.
@@ -256,20 +262,20 @@ class Defense(ABC):
         self.check_model(task.model)
         if task.image_size:
             self.check_images(task.model, task.image_size)
-        result = self.defend(task)
+        try:
+            result = self.defend(task)
+        except (ConfigError, PluginError) as error:
+            kind = ConfigError if isinstance(error, ConfigError) else PluginError
+            raise kind(f"{self._where}: {str(error).removeprefix('defense: ')}") from error
         if not isinstance(result, DefenseResult):
-            raise PluginError(
-                f"defense {type(self).__name__}: expected a DefenseResult, got {type(result).__name__}"
-            )
+            raise PluginError(f"{self._where}: expected a DefenseResult, got {type(result).__name__}")
         if not all(isinstance(each, Judgement) for each in result.judgements):
-            raise PluginError(
-                f"defense {type(self).__name__}: expected judgements, got {result.judgements!r}"
-            )
+            raise PluginError(f"{self._where}: expected judgements, got {result.judgements!r}")
         for about in ("input", "sample"):
             found = [each for each in result.judgements if each.about == about]
             if len(found) > 1:
                 raise PluginError(
-                    f"defense {type(self).__name__}: expected at most one judgement about {about}s, got {found}"
+                    f"{self._where}: expected at most one judgement about {about}s, got {found}"
                 )
         return result
 

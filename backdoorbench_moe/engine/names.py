@@ -86,7 +86,7 @@ def check_names(spec: RunSpec) -> None:
 def check_part_options(spec: RunSpec) -> None:
     """Check the names and types of the options of every part of a spec, without building parts or reading data.
 
-    Options of defenses are checked by `setups.defenses.build_defenses`, whose messages include the defense's index.
+    Options of defenses are checked by `setups.defenses.build_defenses`, whose messages begin with the defense's name.
 
     Raises:
         UnknownNameError: A part has no such option.

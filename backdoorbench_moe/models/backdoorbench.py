@@ -98,8 +98,7 @@ class BackdoorBenchModel(nn.Module):
         super().__init__()
         check_sizes(num_classes=num_classes)
         check_image_size(image_size, at_least=8)
-        if architecture not in ARCHITECTURES:
-            raise UnknownNameError("architecture", architecture, ARCHITECTURES)
+        self.check_architecture(architecture)
         check_colours(mean, std)
         self.architecture, self.weights = architecture, weights
         self.normalisation = (tuple(mean), tuple(std))
@@ -110,6 +109,12 @@ class BackdoorBenchModel(nn.Module):
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._try_out(image_size)
+
+    @staticmethod
+    def check_architecture(architecture: str) -> None:
+        """Raise UnknownNameError if there is no such architecture."""
+        if architecture not in ARCHITECTURES:
+            raise UnknownNameError("architecture", architecture, ARCHITECTURES)
 
     def _take_head(self) -> None:
         """Move the last linear layer out of the trunk."""

@@ -125,7 +125,11 @@ class ModelRegistry(Registry["nn.Module"]):
                 raise UnknownNameError(f"model {name!r}: option", key, known)
         own, common = self._split(name, options)
         CommonOptions(**common)
-        return {**super().check(name, own), **common}
+        checked = super().check(name, own)
+        check = getattr(self.lookup(name), "check_architecture", None)
+        if check is not None and "architecture" in checked:
+            check(checked["architecture"])  # Before the data are read, which may take long.
+        return {**checked, **common}
 
     def create(
         self, name: str, options: Mapping[str, object], given: Mapping[str, object] | None = None

@@ -73,7 +73,7 @@ class TimmModel(nn.Module):
         super().__init__()
         check_sizes(num_classes=num_classes)
         check_image_size(image_size, at_least=1)
-        _check_architecture(architecture)
+        self.check_architecture(architecture)
         outline = _outline(architecture)
         options: dict[str, Any] = {"num_classes": num_classes}
         if _takes(outline, "img_size"):
@@ -104,6 +104,15 @@ class TimmModel(nn.Module):
         if tokens is not None:
             self.patch_size = tokens.patch_size[0]
         self._try_out(architecture, image_size)
+
+    @staticmethod
+    def check_architecture(architecture: str) -> None:
+        """Raise UnknownNameError if timm has no such architecture."""
+        if not timm.is_model(architecture):
+            names = timm.list_models()
+            near = difflib.get_close_matches(architecture, names, n=8, cutoff=0.4)
+            hint = f" ... ({len(names)} architectures, see timm.list_models())"
+            raise UnknownNameError("architecture", architecture, near or ["resnet18"], hint)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to logits (B, classes)."""
@@ -210,14 +219,6 @@ def _prunable(module: nn.Module, after: nn.Module) -> ChannelGroup | None:
     if not isinstance(module, nn.Conv2d) or not isinstance(after, nn.BatchNorm2d):
         return None
     return ChannelGroup.whole("trunk", module, after) if after.num_features == module.out_channels else None
-
-
-def _check_architecture(architecture: str) -> None:
-    if not timm.is_model(architecture):
-        names = timm.list_models()
-        near = difflib.get_close_matches(architecture, names, n=8, cutoff=0.4)
-        hint = f" ... ({len(names)} architectures, see timm.list_models())"
-        raise UnknownNameError("architecture", architecture, near or ["resnet18"], hint)
 
 
 def _build(architecture: str, *, image_size: int | None, **options: Any) -> nn.Module:

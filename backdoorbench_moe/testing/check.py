@@ -21,8 +21,9 @@ from backdoorbench_moe.testing.deviations import Part, declared
 
 Row = dict[str, Any]
 
-# pytest's exit codes: all passed, some failed.
+# pytest's exit codes: all passed, some failed; and no test is left to run.
 FINISHED = (0, 1)
+NO_TESTS = 5
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def check_package(package: str, *, timeout: float) -> PackageCheck:
     usable = [part for part in parts if part.result != "broken"]
     if usable:
         own = {(part.kind, part.name) for part in usable}
-        rows = _attribute(_run_tests(candidates[0].package, timeout), own)
+        rows = _attribute(_run_tests(candidates[0].package, timeout, own), own)
         for part in usable:
             _judge(part, rows[part.kind, part.name])
     first = candidates[0]
@@ -170,26 +171,53 @@ def find_candidates(package: str) -> list[Candidate]:
     raise ConfigError(f"package {package!r}: registers nothing; expected entry points in one of {groups}")
 
 
-def _run_tests(package: str, timeout: float) -> list[Row]:
-    """Run the tests and return a row for every case. If a case terminated the process, its row is the last one."""
+def _run_tests(package: str, timeout: float, own: set[Part]) -> list[Row]:
+    """Run the tests on the package's parts `own`, and return a row for every case.
+
+    If a case ends Python, it fails, and the tests are run again without the part that it tests (or without the
+    combination, if it tests two of the package's parts), so that the other parts are tested.
+    """
+    kept: list[Row] = []
+    ended: list[set[Part]] = []
+    while True:
+        rows, end = _run_once(package, timeout, ended)
+        if end is None:
+            return kept + rows
+        team = own.intersection(rows[-1]["parts"].items())
+        told = " with ".join(f"{kind} {name}" for kind, name in sorted(team))
+        reason = f"{end}; the remaining tests of {told or 'all parts'} were not run"
+        rows[-1] |= {"outcome": "failed", "reason": reason, "line": ""}
+        if not team:
+            return kept + rows
+        ended.append(team)
+        kept += [row for row in rows if team.issubset(row["parts"].items())]
+
+
+def _run_once(package: str, timeout: float, without: list[set[Part]]) -> tuple[list[Row], str | None]:
+    """Run the tests, except those that test all parts of an item of `without`.
+
+    Returns:
+        A row for every case, and how the last one ended Python; None if the tests ran to their end.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     with tempfile.TemporaryDirectory(prefix="bbmoe-check-") as folder:
         report = Path(folder) / "report.jsonl"
         command = [sys.executable, "-m", "backdoorbench_moe.testing", package, f"--bbmoe-report={report}"]
+        command += [f"--bbmoe-without={json.dumps(dict(team))}" for team in without]
         if find_spec("pytest_timeout"):
             # This method terminates the process, because compiled code that does not return cannot be interrupted.
             command += [f"--timeout={timeout}", "--timeout-method=thread"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
-    started = rows and rows[-1]["outcome"] == "started"
-    if started:
+    end = None
+    if rows and rows[-1]["outcome"] == "started":
         late = "+ Timeout +" in done.stdout + done.stderr
-        reason = f"not over after {timeout:g} s" if late else f"Python ended (exit code {done.returncode})"
-        rows[-1] |= {"outcome": "failed", "reason": f"{reason}; what comes after it was not run", "line": ""}
-    elif done.returncode not in FINISHED:
+        end = f"not over after {timeout:g} s" if late else f"Python ended (exit code {done.returncode})"
+    elif done.returncode not in FINISHED and not (without and done.returncode == NO_TESTS):
         tail = " ".join((done.stderr or done.stdout).split())[-300:]
         raise PluginError(f"package {package!r}: the tests did not run to their end: {tail}")
-    return [row for row in rows if row["outcome"] != "started"]
+    last = len(rows) - 1
+    return [row for n, row in enumerate(rows) if row["outcome"] != "started" or (end and n == last)], end
 
 
 def _attribute(rows: list[Row], own: set[Part]) -> dict[Part, list[Row]]:

@@ -38,6 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bbmoe-report", metavar="FILE", help="append a line of JSON for every test to this file"
     )
+    group.addoption(
+        "--bbmoe-without",
+        metavar="JSON",
+        type=json.loads,
+        action="append",
+        default=[],
+        help="leave out the tests of these parts, a name by kind; may be repeated",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,9 +80,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests without a part, and mark failures that a part declares as expected."""
+    """Deselect tests without a part or of parts left out, and mark failures that a part declares as expected."""
     ours = [item for item in items if item.path.is_relative_to(HERE)]
-    without = [item for item in ours if None in _names(item).values()]
+    left_out = config.getoption("--bbmoe-without", [])
+    without = [
+        item
+        for item in ours
+        if None in _names(item).values() or any(each.items() <= _names(item).items() for each in left_out)
+    ]
     if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if item not in without]

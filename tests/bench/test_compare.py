@@ -280,6 +280,19 @@ def test_folders_that_are_none(tmp_path) -> None:
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "suite or results folder: unknown 'nothing'; known: "),
+        ("results/none", "suite or results folder: 'results/none' not found$"),
+        ("results/none.yaml:small", r"suite or results folder: 'results/none\.yaml' not found$"),
+    ],
+)
+def test_what_is_neither_a_suite_nor_a_folder(text, message, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        open_side(text, tmp_path)
+
+
 @pytest.mark.parametrize("text", ["smoke:", ":small", "smoke:small"])
 def test_suites_that_are_none(text, tmp_path) -> None:
     with pytest.raises(ConfigError):

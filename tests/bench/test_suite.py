@@ -191,7 +191,32 @@ def test_unknown_suites_and_scales_are_named_with_near_ones(tmp_path) -> None:
     with pytest.raises(UnknownNameError, match="suite: unknown 'xxx"):
         load_suite("x" * 300)
     with pytest.raises(UnknownNameError, match="or the path of a file"):
-        load_suite(str(tmp_path / "none.yaml"))
+        load_suite("nothing")
+
+
+def test_a_missing_file_is_named_without_the_list_of_suites(tmp_path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    for name, message in (
+        (str(tmp_path / "nothing-here.yaml"), r"suite: '\S+nothing-here\.yaml' not found"),
+        (str(tmp_path / "mien.yml"), r"suite: '\S+mien\.yml' not found; did you mean 'mine\.yaml'\?"),
+        ("nothing.yml", r"suite: 'nothing\.yml' not found"),
+        ("smok.yaml", r"suite: 'smok\.yaml' not found; did you mean 'smoke'\?"),
+        (str(tmp_path), rf"suite: expected a file, got the folder '{tmp_path}'"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            load_suite(name)
+
+
+def test_a_broken_file_is_called_what_it_is(tmp_path) -> None:
+    own, scale = tmp_path / "own.yaml", tmp_path / "scales" / "own.yaml"
+    scale.parent.mkdir()
+    own.write_text("grid: [")
+    with pytest.raises(ConfigError, match=r"^suite file \S+own\.yaml: not valid YAML: "):
+        load_suite(str(own))
+    own.write_text("{title: own, version: 1, scales: [own], grid: {poison.rate: 0.1}}")
+    scale.write_text("[]")
+    with pytest.raises(ConfigError, match=r"^scale file \S+own\.yaml: expected a mapping, got \[\]"):
+        load_suite(str(own))
 
 
 def test_filters_take_any_key_and_rates_as_percent() -> None:

@@ -71,7 +71,7 @@ MODEL = ["--set", "model={name: convnext, features: 8, depth: 2}"]
         ),
         (
             ["--policy", "0", "--set", "defenses=[align]"],
-            "defenses[0].align: needs marked images with a safe answer, which only a run with a policy has",
+            "defense 'align': needs marked images with a safe answer, which only a run with a policy has",
         ),
         (["--set", "splitter.domains=[plain, rotate]"], "unknown 'rotate'; did you mean 'rotated'"),
         (["--target", "4"], "poison.target: expected a class in 0..2, got 4"),
@@ -108,7 +108,7 @@ def test_runs_that_do_not_fit_are_one_line_and_nothing_is_written(bbmoe, tmp_pat
     refused = [
         (
             ("defend", mixture, "--defense", "align"),
-            "defenses[0].align: needs marked images with a safe answer",
+            "defense 'align': needs marked images with a safe answer",
         ),
         (
             (
@@ -121,7 +121,7 @@ def test_runs_that_do_not_fit_are_one_line_and_nothing_is_written(bbmoe, tmp_pat
                 "--output",
                 tmp_path / "new",
             ),
-            "defenses[0].align: needs marked images with a safe answer",
+            "defense 'align': needs marked images with a safe answer",
         ),
     ]
     other = [(*attack, "--gate", "soft"), (*attack, "--attack", "hsft"), (*attack, "--set", "attack.k=3")]

@@ -73,7 +73,7 @@ def test_results_of_an_older_version_are_found_before_anything_is_run(bbmoe, pla
 
 
 BAD = {
-    "no file": (["nowhere.yaml"], "config file nowhere.yaml: No such file or directory"),
+    "no file": (["nowhere.yaml"], "queue file nowhere.yaml: No such file or directory"),
     "budget": (["queue.yaml", "--budget", "soon"], "--budget: expected a time"),
     "results": (["queue.yaml", "--results", "part.yaml"], "--results part.yaml: expected a folder, found a file"),
     "nice": (["queue.yaml", "--nice", "20"], "Invalid value for '--nice'"),

@@ -69,22 +69,25 @@ def test_the_same_from_python(victim, tmp_path) -> None:
     assert run.record.stages[-1]["metrics"]["ba"]["value"] == run.value("ba")
     again = api.defend(victim, "fine-tuning", scope="head", clean_fraction=0.5, output=tmp_path / "out")
     assert again.record == run.record
-    with pytest.raises(BbmoeError, match=r"defenses\[0\]\.option: unknown 'scop'; did you mean 'scope'"):
+    with pytest.raises(
+        BbmoeError, match=r"defense 'fine-tuning': option: unknown 'scop'; did you mean 'scope'"
+    ):
         api.defend(victim, "fine-tuning", scop="head")
 
 
+OF_PRUNING = "defense 'fine-pruning'"
 TILES_OF_5 = ("--set", "applicator=patch", "--set", "patch_size=5", "--set", "clean_fraction=0.5")
 BAD = {
     "unknown defense": (["--defense", "fine-prune"], "defense: unknown 'fine-prune'; did you mean 'fine-pruning'"),
     "no defense": ([], "Missing option '--defense'"),
-    "pruning all": ([*PRUNING, "--set", "ratio=1"], "defenses[0].ratio: expected a number in [0, 1), got 1.0"),
-    "ratio no number": ([*PRUNING, "--set", "ratio=lots"], "defenses[0].ratio: expected a number, got 'lots'"),
-    "no such option": ([*PRUNING, "--set", "ratoi=1"], "defenses[0].option: unknown 'ratoi'; did you mean 'ratio'"),
-    "the name": ([*PRUNING, "--set", "name=fine-tuning"], "defenses[0].option: unknown 'name'"),
-    "nested": ([*PRUNING, "--set", "a.b=1"], "defenses[0].option: unknown 'a'"),
-    "few images": ([*PRUNING, "--set", "clean_fraction=0.03"], "defenses[0].clean_fraction: 0.03 of 96 images is 2"),
-    "scope": ([*PRUNING, "--set", "scope=expert"], "defenses[0].scope: unknown 'expert'; did you mean 'experts'"),
-    "tiles": (["--defense", "i-bau", *TILES_OF_5], "defenses[0].patch_size: expected a divisor of the image's 32"),
+    "pruning all": ([*PRUNING, "--set", "ratio=1"], f"{OF_PRUNING}: ratio: expected a number in [0, 1), got 1.0"),
+    "ratio no number": ([*PRUNING, "--set", "ratio=lots"], f"{OF_PRUNING}: ratio: expected a number, got 'lots'"),
+    "no such option": ([*PRUNING, "--set", "ratoi=1"], f"{OF_PRUNING}: option: unknown 'ratoi'; did you mean 'ratio'"),
+    "the name": ([*PRUNING, "--set", "name=fine-tuning"], f"{OF_PRUNING}: option: unknown 'name'"),
+    "nested": ([*PRUNING, "--set", "a.b=1"], f"{OF_PRUNING}: option: unknown 'a'"),
+    "few images": ([*PRUNING, "--set", "clean_fraction=0.03"], f"{OF_PRUNING}: clean_fraction: 0.03 of 96 images is 2"),
+    "scope": ([*PRUNING, "--set", "scope=expert"], f"{OF_PRUNING}: scope: unknown 'expert'; did you mean 'experts'"),
+    "tiles": (["--defense", "i-bau", *TILES_OF_5], "defense 'i-bau': patch_size: expected a divisor of the image's 32"),
     "data root": ([*PRUNING, "--data-root", "x"], "--data-root (data_root=): expected none"),
     "device": ([*PRUNING, "--device", "gpu"], "device: expected"),
     "no key and value": ([*PRUNING, "--set", "ratio"], "--set: expected dotted.key=value"),

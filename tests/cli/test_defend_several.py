@@ -312,7 +312,7 @@ BAD = {
     ),
     "not listed": (["--defense", "strip,reroute", "--set", "rasa.epochs=1"], "unknown 'rasa'"),
     "no option": (["--defense", "strip,reroute", "--set", "strip=1"], "--set: expected strip.OPTION=VALUE"),
-    "out of range": (["--defense", "all", "--set", "reroute.threshold=2"], "threshold: expected a number in (0, 1]"),
+    "out of range": (["--defense", "all", "--set", "reroute.threshold=2"], "defense 'reroute': threshold: expected"),
     "format": (["--defense", "all", "--format", "pdf"], "Invalid value for '--format'"),
 }  # fmt: skip
 

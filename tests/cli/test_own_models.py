@@ -144,6 +144,21 @@ def test_a_missing_file_is_said_before_the_data_are_read(bbmoe, tmp_path) -> Non
     assert "resnt.pth: not found; did you mean 'resnet.pth'?" in err
 
 
+@pytest.mark.parametrize("name", ["zip.pt", "legacy.pt", "cut.safetensors", "timm"])
+def test_a_damaged_file_or_an_unknown_architecture_is_said_before_the_data_are_read(
+    name, bbmoe, file, tmp_path
+) -> None:
+    torch.save({"a": torch.ones(99)}, tmp_path / "zip.pt")
+    torch.save({"a": torch.ones(99)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for damaged, kept in (("zip.pt", 400), ("legacy.pt", 60)):
+        (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes()[:kept])
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-1])
+    weights, model = (file, "timm:resnet81") if name == "timm" else (tmp_path / name, "pmoe")
+    code, out, err = bbmoe("import", weights, "--model", model, *DATA, "--output", tmp_path / "runs")
+    assert (code, out, err.count("\n")) == (2, "", 1), "the data are not read"
+    assert ("architecture: unknown 'resnet81'" if name == "timm" else f"{name}: ") in err
+
+
 def test_a_misspelt_command_of_import_is_named(bbmoe, tmp_path) -> None:
     code, out, err = bbmoe("import", "backdorbench", tmp_path)
     assert (code, out) == (2, "") and "Did you mean the command 'backdoorbench'?" in err

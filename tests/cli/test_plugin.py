@@ -141,9 +141,15 @@ def bad_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ends = (
         BAD_PARTS
         + "\n\nimport os\n\n\nclass Ends(Trigger):\n    def stamp(self, images):\n        os._exit(0)\n"
+        + "\n\nclass Stops(Trigger):\n    def stamp(self, images):\n        raise KeyboardInterrupt\n"
     )
     put_package(
-        folder, "bbmoe-ends", modules={"ends_parts": ends}, points={"triggers": ["ends = ends_parts:Ends"]}
+        folder,
+        "bbmoe-ends",
+        modules={"ends_parts": ends},
+        points={
+            "triggers": ["ends = ends_parts:Ends", "fine-idea = ends_parts:Fine", "stops = ends_parts:Stops"]
+        },
     )
     hangs = (
         BAD_PARTS
@@ -218,18 +224,27 @@ def test_another_interface_is_refused_without_an_import(bad_site: Path) -> None:
 def test_a_part_that_ends_python_is_named(bad_site: Path) -> None:
     report, done = check("bbmoe-ends", bad_site)
     assert done.returncode == 1
-    [part] = report["parts"]
-    assert part["result"] == "fails"
-    assert part["failures"][-1]["reason"] == "Python ended (exit code 0); what comes after it was not run"
+    parts = {part["name"]: part for part in report["parts"]}
+    assert {name: part["result"] for name, part in parts.items()} == {
+        "ends": "fails",
+        "stops": "fails",
+        "fine-idea": "passes",
+    }
+    for name, code in (("ends", 0), ("stops", 2)):
+        reason = f"Python ended (exit code {code}); the remaining tests of trigger {name} were not run"
+        assert parts[name]["failures"][-1]["reason"] == reason
+    assert parts["fine-idea"]["passed"] > 50, "the others are tested"
 
 
 @pytest.mark.slow
-def test_a_part_that_hangs_is_named_and_ends_the_check(bad_site: Path) -> None:
+def test_a_part_that_hangs_is_named(bad_site: Path) -> None:
     report, done = check("bbmoe-hangs", bad_site, "--timeout=2")
     assert done.returncode == 1
     [part] = report["parts"]
     assert part["result"] == "fails" and part["failed"] == 1
-    assert part["failures"][-1]["reason"] == "not over after 2 s; what comes after it was not run"
+    assert part["failures"][-1]["reason"] == (
+        "not over after 2 s; the remaining tests of trigger hangs were not run"
+    )
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,6 @@ def test_too_few_images_of_the_tasks_of_a_mixture_are_refused() -> None:
     assert defense.count(46, 3) == 23
     task = replace(task, granted={"clean": task.clean.take(torch.arange(22))})
     with pytest.raises(
-        ConfigError, match=r"^clean_fraction: with 0\.5, the number of images is 22; 4 are .* the 18 left are"
+        ConfigError, match=r"^defense 'strip': clean_fraction: with 0\.5, .* is 22; 4 are .* 18 left are"
     ):
         defense(task)

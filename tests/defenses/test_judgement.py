@@ -110,14 +110,14 @@ class Returns(Defense):
 def test_a_result_that_is_not_one_is_refused(result, message) -> None:
     defense, model = Returns(), used_model()
     defense.made = result(model)
-    with pytest.raises(PluginError, match=f"^defense Returns: {message}"):
+    with pytest.raises(PluginError, match=f"^defense 'Returns': {message}"):
         defense(make_task(model)[0])
 
 
 def test_a_need_that_does_not_exist_is_refused_with_near_names(monkeypatch) -> None:
     monkeypatch.setattr(Returns, "needs", frozenset({"clean", "feature"}))
     with pytest.raises(
-        PluginError, match=r"^defense Returns: needs: unknown 'feature'; did you mean 'features'"
+        PluginError, match=r"^defense 'Returns': needs: unknown 'feature'; did you mean 'features'"
     ):
         Returns()
 

@@ -249,10 +249,8 @@ def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_
     spec = spec_of()
     setup = ImageSetup(spec, Workplace(spec).images)
     marked = tiny_spec(attack=None, policy=0.25, poison={"rate": 0})
-    with pytest.raises(ConfigError, match=r"abl: needs the original training set; .* has marked images"):
-        check_applicable(
-            "abl", create_defense("abl", ratio=0.1), ImageSetup(marked, Workplace(marked).images)
-        )
+    with pytest.raises(ConfigError, match=r"^needs the original training set; .* has marked images"):
+        check_applicable(create_defense("abl", ratio=0.1), ImageSetup(marked, Workplace(marked).images))
     half = {"clean_fraction": 0.5}
     for name, options in (
         ("spectral", {}),
@@ -260,6 +258,6 @@ def test_defenses_that_need_the_training_set_are_refused_where_there_is_no_such_
         ("scan", half),
         ("abl", {"ratio": 0.1}),
     ):
-        with pytest.raises(ConfigError, match=f"{name}: needs the training set .* poisoned every batch"):
-            check_applicable(name, create_defense(name, **options), setup)
-    check_applicable("fine-tuning", create_defense("fine-tuning", **half), setup)
+        with pytest.raises(ConfigError, match=r"^needs the training set .* poisoned every batch"):
+            check_applicable(create_defense(name, **options), setup)
+    check_applicable(create_defense("fine-tuning", **half), setup)

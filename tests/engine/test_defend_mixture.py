@@ -110,16 +110,16 @@ def test_a_defended_mixture_can_be_defended_again(tmp_path, mixture) -> None:
             (
                 name,
                 mixture_spec(policy=0.0),
-                rf"defenses\[0\]\.{name}: needs marked images with a safe answer, "
+                rf"defense '{name}': needs marked images with a safe answer, "
                 "which only a run with a policy has; this run has policy=0",
             )
             for name in ("align", "defensive-expert", "rasa")
         ],
-        ("align", tiny_spec(), r"defenses\[0\]\.model: expected a mixture of merged experts, got PMoE"),
+        ("align", tiny_spec(), r"defense 'align': model: expected a mixture of merged experts, got PMoE"),
         (
             "defensive-expert",
             mixture_spec(),
-            r"defenses\[0\]\.expert: expected a number in 0\.\.1, got 2",
+            r"defense 'defensive-expert': expert: expected a number in 0\.\.1, got 2",
         ),
     ],
     ids=["align", "defensive-expert", "rasa", "not a mixture", "no such expert"],

@@ -99,23 +99,23 @@ def test_a_defense_that_breaks_the_interface_is_recorded_as_failed(tmp_path, off
 BAD = {
     "pruning all": (
         {"name": "fine-pruning", "ratio": 1.0},
-        r"defenses\[0\]\.ratio: expected a number in \[0, 1\)",
+        r"defense 'fine-pruning': ratio: expected a number in \[0, 1\)",
     ),
     "no number": (
         {"name": "fine-pruning", "ratio": "x"},
-        r"defenses\[0\]\.ratio: expected a number, got 'x'",
+        r"defense 'fine-pruning': ratio: expected a number, got 'x'",
     ),
     "no such option": (
         {"name": "fine-pruning", "ratoi": 1},
-        r"defenses\[0\]\.option: unknown 'ratoi'; did you mean",
+        r"defense 'fine-pruning': option: unknown 'ratoi'; did you mean",
     ),
     "no channel": (
         {"name": "fine-pruning", "ratio": 0.1},
-        r"defenses\[0\]\.ratio: 0\.1 prunes none of the 4 channels",
+        r"defense 'fine-pruning': ratio: 0\.1 prunes none of the 4 channels",
     ),
     "too few images": (
         {"name": "fine-tuning", "clean_fraction": 0.02},
-        r"\[0\]\.clean_fraction: 0\.02 of 96 .* is 1;",
+        r"defense 'fine-tuning': clean_fraction: 0\.02 of 96 .* is 1;",
     ),
     "unknown": ({"name": "fine-prunning"}, "defense: unknown 'fine-prunning'; did you mean 'fine-pruning'"),
 }
@@ -131,12 +131,12 @@ def test_what_is_wrong_is_said_before_anything_is_trained_or_written(tmp_path, p
     assert counting.epochs == 0 and not (tmp_path / "runs").exists()
 
 
-def test_the_defense_that_is_wrong_is_named_by_its_place(tmp_path) -> None:
+def test_the_defense_that_is_wrong_is_named(tmp_path) -> None:
     spec = defended_spec(
         TUNING, {**PRUNING, "scope": "experts"}, model={"name": "wide_resnet", "widen_factor": 1}
     )
     with pytest.raises(
-        ConfigError, match=r"defenses\[1\]\.scope: expected one of \['trunk', 'all'\] for WideRes"
+        ConfigError, match=r"defense 'fine-pruning': scope: expected one of \['trunk', 'all'\] for WideRes"
     ):
         Runner(spec, tmp_path).finish(spec)
 
@@ -157,7 +157,7 @@ def test_a_model_that_names_no_parts_can_be_tuned_but_not_pruned(tmp_path, monke
     monkeypatch.setitem(models.registry._local, "nameless", Nameless)
     values = {"model": "nameless", "train": {"lr": 0.01}}
     with pytest.raises(
-        ConfigError, match=r"defenses\[0\]\.scope: the model Nameless does not name its components"
+        ConfigError, match=r"defense 'fine-pruning': scope: the model Nameless does not name its components"
     ):
         Runner(tiny_spec(), tmp_path / "none").finish(defended_spec(**values))
     assert not (tmp_path / "none").exists()

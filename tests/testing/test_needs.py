@@ -109,7 +109,7 @@ def test_a_defense_that_needs_no_clean_images_passes(offer) -> None:
 
 def test_a_defense_that_uses_what_it_does_not_declare_fails(offer) -> None:
     offer(Undeclared)
-    with pytest.raises(PluginError, match="uses 'losses', which is not declared"):
+    with pytest.raises(PluginError, match=r"^defense 'own': uses 'losses', which is not declared"):
         test_defenses.test_a_model_is_refused_in_one_line_or_defended("own", "pmoe")
 
 

@@ -91,7 +91,7 @@ def read_claims(file: Path) -> list[Claim]:
     Raises:
         ConfigError: The file has the wrong format.
     """
-    values = load_yaml(file)
+    values = load_yaml(file, "claims file")
     items = values.get(ENTRIES)
     if values.keys() != {ENTRIES} or not isinstance(items, list) or not items:
         raise ConfigError.expected(f"claims {file}", f"one key {ENTRIES!r} with a list", list(values))

@@ -26,7 +26,7 @@ from backdoorbench_moe.engine.run import Run
 from backdoorbench_moe.engine.runner import Runner, spec_to_defend
 from backdoorbench_moe.engine.setups.base import Setup
 from backdoorbench_moe.engine.setups.choice import make_setup
-from backdoorbench_moe.engine.setups.defenses import check_applicable
+from backdoorbench_moe.engine.setups.defenses import check_applicable, naming_defense
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.plugins import describe_error
 from backdoorbench_moe.records import Record, RunFolder
@@ -204,7 +204,8 @@ def _parts(names: Sequence[str], options: Options) -> list[PartSpec]:
         if name not in wanted:
             raise UnknownNameError("--set: defense", name, wanted)
         # An option that the defense rejects is the user's mistake; a defense that does not fit the model is not.
-        defenses.registry.create(name, given)
+        with naming_defense(name):
+            defenses.registry.create(name, given)
     return [PartSpec(name, dict(options.get(name, {}))) for name in wanted]
 
 
@@ -212,13 +213,13 @@ def _applied(defended: RunSpec, spec: RunSpec, setup: Setup) -> Defended:
     """Return a defended run and its cost. Raises BbmoeError if the defense cannot be applied to the run."""
     part = defended.defenses[-1]
     defense = defenses.registry.create(part.name, part.options)
-    check_applicable(part.name, defense, setup)
+    check_applicable(defense, setup)
     return Defended(defended, defense_cost(defended, setup.data, setup.model))
 
 
 def _reason(name: str, error: Exception) -> str:
     """Return the description of an error (see `plugins.describe_error`) without the name of the defense."""
-    return describe_error(error).removeprefix(f"defense {name!r}: ").removeprefix(f"{name}: ")
+    return describe_error(error).removeprefix(f"defense {name!r}: ")
 
 
 def _rank(run: Defended, judged: int) -> tuple[bool, float, str]:

@@ -88,7 +88,7 @@ def read_queue(file: Path) -> list[Entry]:
     Raises:
         ConfigError: The file has the wrong format, or an entry does not match its suite.
     """
-    values = load_yaml(file)
+    values = load_yaml(file, "queue file")
     for key in values:
         if key != ENTRIES:
             raise UnknownNameError(f"queue {file}: key", str(key), [ENTRIES])

@@ -27,26 +27,29 @@ from backdoorbench_moe.metrics import metric
 from backdoorbench_moe.ops.ranges import check_repeats
 from backdoorbench_moe.options import convert
 
+SUITE_FILE = "suite file"
 
-def load_suite(name: str, scale: str | None = None) -> Suite:
+
+def load_suite(name: str, scale: str | None = None, *, what: str = "suite") -> Suite:
     """Read a suite and expand its grid.
 
     Args:
         name: Name of a built-in suite, or path of a YAML file.
         scale: One of the suite's scales; the first by default.
+        what: What the caller takes, for the error message if there is no such suite.
 
     Raises:
         UnknownNameError: The suite, or its scale, or a key or part in it does not exist.
-        ConfigError: A value is invalid; only what can be checked without data is checked. The message names the suite,
-            the key and the cell.
+        ConfigError: There is no file at the path, or a value is invalid; only what can be checked without data is
+            checked. The message names the suite, the key and the cell.
     """
-    file = find_file(name, "suites", "suite")
-    return parse_suite(load_yaml(file), file.stem, scale, folder=file.parent)
+    file = find_file(name, "suites", what)
+    return parse_suite(load_yaml(file, SUITE_FILE), file.stem, scale, folder=file.parent)
 
 
-def load_named(text: str) -> Suite:
+def load_named(text: str, *, what: str = "suite") -> Suite:
     """Read a suite given as SUITE or SUITE:SCALE; see `load_suite`."""
-    return load_suite(*split_scale(text))
+    return load_suite(*split_scale(text), what=what)
 
 
 def split_scale(text: str) -> tuple[str, str | None]:
@@ -124,7 +127,8 @@ def _load_scale(
     name = wanted if wanted is not None else scales[0]
     if name not in scales:
         raise UnknownNameError(f"{where}: scale", name, scales)
-    return name, load_yaml(find_file(name, "suites/scales", "scale", folder and folder / "scales"))
+    file = find_file(name, "suites/scales", "scale", folder and folder / "scales")
+    return name, load_yaml(file, "scale file")
 
 
 def _lay_out(grid: object, base: Values, scaled: Values, where: str) -> Iterator[Cell]:
@@ -310,7 +314,7 @@ def list_suites() -> list[str]:
 
 def list_scales(name: str) -> list[str]:
     """List the scales of a suite, the default first."""
-    scales = load_yaml(find_file(name, "suites", "suite")).get("scales") or []
+    scales = load_yaml(find_file(name, "suites", "suite"), SUITE_FILE).get("scales") or []
     if not isinstance(scales, list):
         raise ConfigError.expected(f"{name}: scales", "a list of names", scales)
     return scales

@@ -127,7 +127,7 @@ def open_side(text: str, output: Path | str) -> Side:
 
     Raises:
         UnknownNameError: The suite or scale does not exist.
-        ConfigError: The text is malformed or the suite is invalid.
+        ConfigError: The text is malformed, there is nothing at the path, or the suite is invalid.
         RecordError: The folder cannot be read.
     """
     folder = expand(text)
@@ -136,7 +136,7 @@ def open_side(text: str, output: Path | str) -> Side:
         return Side(f"{suite_line(results.suite)} ({text})", results)
     if folder.is_dir():
         raise RecordError(f"results folder {text}: expected a {MANIFEST} in it, found none")
-    suite = load_named(text)
+    suite = load_named(text, what="suite or results folder")
     return Side(suite_line(suite), ResultSet.from_runs(suite, output))
 
 

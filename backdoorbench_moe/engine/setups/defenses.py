@@ -22,23 +22,21 @@ def build_defenses(spec: RunSpec, setup: Setup) -> list[Defense]:
         setup: The model, which need not be trained, and the data.
 
     Raises:
-        ConfigError: A defense is incompatible with the model or the data. The message starts with its index in the
-            spec, such as "defenses[0]".
+        ConfigError: A defense is incompatible with the model or the data. The message starts with its name.
     """
     built = []
-    for place, part in enumerate(spec.defenses):
-        with _named(place, part.name):
+    for part in spec.defenses:
+        with naming_defense(part.name):
             defense = defenses.registry.create(part.name, part.options)
-            check_applicable(part.name, defense, setup)
+            check_applicable(defense, setup)
         built.append(defense)
     return built
 
 
-def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
+def check_applicable(defense: Defense, setup: Setup) -> None:
     """Check whether a defense can be applied to a run.
 
     Args:
-        name: Name of the defense.
         defense: The defense.
         setup: The run's model, which need not be trained, and its data.
 
@@ -50,44 +48,43 @@ def check_applicable(name: str, defense: Defense, setup: Setup) -> None:
     defense.count(len(setup.data.train), setup.num_classes)
     if setup.image_size:
         defense.check_images(setup.model, setup.image_size)
-    _check_needs(name, defense, setup)
+    _check_needs(defense, setup)
 
 
-def _check_needs(name: str, defense: Defense, setup: Setup) -> None:
+def _check_needs(defense: Defense, setup: Setup) -> None:
     """Raise ConfigError if the defense needs a policy, a mixture or a training set, and the run has none."""
     spec = setup.spec
     if "tasks" in defense.needs and spec.mixture is None:
-        raise ConfigError(f"{name}: needs a mixture of experts, which has tasks; this run is of one model")
+        raise ConfigError("needs a mixture of experts, which has tasks; this run is of one model")
     if "marked" in defense.needs and not spec.policy:
         what = "marked images" if setup.image_size else "refused queries"
         raise ConfigError(
-            f"{name}: needs {what} with a safe answer, which only a run with a policy has; this run has policy=0"
+            f"needs {what} with a safe answer, which only a run with a policy has; this run has policy=0"
         )
     if "training-set" not in defense.needs:
         return
     if spec.mixture is not None:
-        raise ConfigError(
-            f"{name}: needs a single training set; this run is of a mixture, whose parts have several"
-        )
+        raise ConfigError("needs a single training set; this run is of a mixture, whose parts have several")
     if spec.policy:
         raise ConfigError(
-            f"{name}: needs the original training set; that of this run has marked images, too, as it has a policy"
+            "needs the original training set; that of this run has marked images, too, as it has a policy"
         )
     if isinstance(setup.attack, Recorded) and setup.attack.file is None:
         raise ConfigError(
-            f"{name}: needs the training set that the model was trained on, which is unknown for this run"
+            "needs the training set that the model was trained on, which is unknown for this run"
         )
     if isinstance(setup.attack, TrainingControl):
         raise ConfigError(
-            f"{name}: needs the training set that the model was trained on; in this run, the attacker poisoned every "
+            "needs the training set that the model was trained on; in this run, the attacker poisoned every "
             "batch differently"
         )
 
 
 @contextmanager
-def _named(place: int, name: str) -> Iterator[None]:
-    """Inside the block, prefix ConfigErrors with the index of the defense, as in "defenses[0]."."""
+def naming_defense(name: str) -> Iterator[None]:
+    """Inside the block, prefix ConfigErrors with the name of the defense, unless they have it."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"defenses[{place}].{str(error).removeprefix(f'defense {name!r}: ')}") from error
+        where = f"defense {name!r}: "
+        raise ConfigError(where + str(error).removeprefix(where)) from error

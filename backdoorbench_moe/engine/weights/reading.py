@@ -7,7 +7,8 @@ as the file has bytes.
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from backdoorbench_moe.engine.weights.instructions import LARGEST_HEADER
 from backdoorbench_moe.engine.weights.refusals import first_line, refusal, short
 from backdoorbench_moe.engine.weights.stand_ins import Unread
 from backdoorbench_moe.engine.weights.torch_files import check_legacy, check_zip, load_torch
+from backdoorbench_moe.paths import near_files
 from backdoorbench_moe.wording.spelling import near_names
 
 SAFETENSORS, ZIP, LEGACY = "safetensors", "torch's zip format", "torch's old format"
@@ -69,30 +71,32 @@ def read_weights(path: Path | str, key: str | None = None) -> Weights:
     if form == SAFETENSORS:
         if key is not None:
             raise refusal(file, f"expected a checkpoint with the key {short(key)!r}, got a safetensors file")
-        tensors, metadata = _read_safetensors(file, size)
+        tensors, metadata = _read_safetensors(file)
         return _checked(Weights(file, tensors, metadata), size)
-    if form == ZIP:
-        check_zip(file, size)
-    else:
-        check_legacy(file, size)
     tensors, notes = _unwrap(file, load_torch(file, mapped=form == ZIP), key)
     return _checked(Weights(file, tensors, {}, notes), size)
 
 
 def check_weights(file: Path) -> tuple[int, str]:
-    """Check from its first bytes that a file may contain weights.
+    """Check that a file may contain weights, from its first bytes and its header; no tensors are read.
 
     Returns:
         The size of the file in bytes, and its format: `SAFETENSORS`, `ZIP` or `LEGACY`.
 
     Raises:
-        RecordError: The file is missing or has another format.
+        RecordError: The file is missing, has another format, or its header is damaged.
     """
     size = _check_file(file)
     form = _format_of(file, size)
     wanted = SUFFIXES.get(file.suffix.lower(), (form,))
     if form not in wanted:
         raise refusal(file, f"expected {wanted[0]} because of its suffix, but its content is {form}")
+    if form == SAFETENSORS:
+        _check_safetensors(file, size)
+    elif form == ZIP:
+        check_zip(file, size)
+    else:
+        check_legacy(file, size)
     return size, form
 
 
@@ -116,10 +120,7 @@ def _missing(file: Path) -> str:
     """Why a file is not found, with similar file names in the same folder."""
     if file.is_symlink():
         return "is a link to a file that is not there"
-    try:
-        near = near_names(file.name, [path.name for path in file.parent.iterdir() if path.is_file()])
-    except OSError:
-        near = []
+    near = near_files(file)
     return f"not found; did you mean {' or '.join(map(repr, near))}?" if near else "not found"
 
 
@@ -140,17 +141,28 @@ def _format_of(file: Path, size: int) -> str:
     raise refusal(file, "expected a safetensors file or a state dict that torch.save wrote")
 
 
-def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _check_safetensors(file: Path, size: int) -> None:
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     if header > min(LARGEST_HEADER, size - 8):
         raise refusal(
             file, f"its header has {header:,} bytes, of a file of {size:,} (at most {LARGEST_HEADER:,})"
         )
+    with _open_safetensors(file):
+        pass  # The header is read, and compared with the size of the file.
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _open_safetensors(file) as opened:
+        metadata = dict(opened.metadata() or {})
+        return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+            yield opened
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise refusal(file, f"is not a valid safetensors file: {first_line(error)}") from error
 

@@ -42,12 +42,12 @@ class Start:
 
 
 def check_start(spec: RunSpec) -> None:
-    """Check from its first bytes that the file in the model's option `weights` may contain weights.
+    """Check that the file in the model's option `weights` may contain weights, without reading tensors.
 
     If the spec has the hash of a file that is now missing, nothing is checked: an interrupted run continues without it.
 
     Raises:
-        RecordError: The file is missing or has another format.
+        RecordError: The file is missing, has another format, or its header is damaged.
     """
     chosen = models.registry.common(spec.model.name, spec.model.options)
     if chosen.weights is None or (KEY in spec.files and KEY not in dict(named_files(spec))):
