@@ -100,7 +100,7 @@ def test_an_analysis_of_a_run_on_texts(bbmoe, run) -> None:
         "expert 0 muted",
         "expert 0, mean output",
         "example answers",
-        "no patch maps: the data are texts",
+        "no patch maps, routing, capture, shift, pixels: the data are texts",
     ):
         assert words in " ".join(out.split())
     code, out, err = bbmoe("analyze", run, "--images", "1", "--quiet")
