@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_moe.analysis.passes import BATCH
-from backdoorbench_moe.engine.inference import forward
+from backdoorbench_moe.engine.inference import classes_of, forward
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.moe.experts import expert_outputs, muted, replaced_output
@@ -287,7 +287,7 @@ class _ExpertEvaluator:
     def _predict(self, batch: Tensor, number: int, batches: list[Tensor]) -> None:
         """Append the predicted classes of the batch with a given number to `batches`."""
         with seeded(self.opened.run.spec.seed, "carriers", number):
-            batches.append(forward(self.model, batch, precision=self.opened.precision).argmax(1))
+            batches.append(classes_of(forward(self.model, batch, precision=self.opened.precision)))
 
 
 def draw_sample(total: int, limit: int, seed: int, purpose: str) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.engine.inference import forward_routed
+from backdoorbench_moe.engine.inference import classes_of, forward_routed
 from backdoorbench_moe.engine.poisoning.triggered import Triggered
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput
 from backdoorbench_moe.ops import routing
@@ -74,7 +74,7 @@ class _Collector:
         self.layers: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
     def add(self, output: RoutedOutput, axes: Sequence[str], gates: Sequence[Tensor]) -> None:
-        self.predicted.append(output.logits.argmax(1).cpu())
+        self.predicted.append(classes_of(output.logits).cpu())
         self.layers = self.layers or [[] for _ in axes]
         for batches, layer, axis, probabilities in zip(self.layers, output.routing, axes, gates, strict=True):
             mass = (layer.gates.float() * layer.selected).sum(-1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.defenses.base import DefenseTask
-from backdoorbench_moe.engine.inference import logits, routings
+from backdoorbench_moe.engine.inference import logits, predict, routings
 from backdoorbench_moe.errors import ConfigError, ShapeError
 from backdoorbench_moe.moe.routed import RoutedModel
 from backdoorbench_moe.ops.images import Split
@@ -84,7 +84,7 @@ class Subject:
     def predicted(self) -> Tensor:
         """The predicted classes of the images, (N,) int64."""
         assert self.images is not None
-        return logits(self.model, self.images, precision=self.precision).argmax(1)
+        return predict(self.model, self.images, precision=self.precision)
 
     @cached_property
     def split(self) -> Split:

@@ -17,6 +17,8 @@ from backdoorbench_moe.moe.temporary import hooked, restored
 def active_experts(model: nn.Module, experts: Iterable[Expert]) -> list[Expert]:
     """Return the experts that can have an effect on the logits: those that are neither muted nor masked.
 
+    Masks are known of the layers of this package (`MoELayer`), not of a third party's own layers.
+
     Args:
         model: The model that the experts belong to.
         experts: The experts to choose from.

@@ -10,6 +10,7 @@ from backdoorbench_moe.auditing.subject import Subject
 from backdoorbench_moe.defenses.cost import Cost
 from backdoorbench_moe.defenses.ibd_psc import IBDPSC, norms_in_order, scaled
 from backdoorbench_moe.defenses.scale_up import multiply
+from backdoorbench_moe.engine.inference import classes_of
 from backdoorbench_moe.moe.units import norm_units
 from backdoorbench_moe.ops.images import Split
 
@@ -39,7 +40,7 @@ class ScaledImages(Check):
     def measure(self, subject: Subject) -> Measured:
         """Multiply the images and count the predicted classes."""
         images, logits = subject.split.images, subject.task.logits
-        after = [logits(subject.model, multiply(images, factor)).argmax(1) for factor in FACTORS]
+        after = [classes_of(logits(subject.model, multiply(images, factor))) for factor in FACTORS]
         agreement = torch.stack([(each == subject.predicted).double().mean() for each in after]).mean()
         share, label = concentration(subject.predicted, after, subject.num_classes)
         reason = (
@@ -84,7 +85,7 @@ class ScaledNorms(Check):
         after = []
         for number in numbers:
             with scaled(norms[-number:], NORM_FACTOR):
-                after.append(task.logits(model, split.images).argmax(1))
+                after.append(classes_of(task.logits(model, split.images)))
         share, label = concentration(subject.predicted, after, subject.num_classes)
         reason = (
             f"{share:.0%} of the images of other classes become {subject.class_name(label)} "
