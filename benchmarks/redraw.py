@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from blocks import BLOCKS
-from small_tables import RESULTS, suite_of
+from blocks.drawing import RESULTS, suite_of
 
 from backdoorbench_moe.bench.pages.found import relative_link
 from backdoorbench_moe.bench.pages.leaderboard import open_board, results_folder

@@ -114,7 +114,7 @@ def test_a_cell_of_these_tables_has_a_mean_and_its_deviation_only(script, name) 
 
 
 def test_small_tables_mark_models_near_chance(script) -> None:
-    whole_text = sys.modules["blocks"].whole_text
+    whole_text = sys.modules["blocks.drawing"].whole_text
     assert whole_text(Statistic.of({0: 100.0}, near_chance=1)) == "100†"
     assert whole_text(Statistic.of({0: 90.0, 1: 94.0}, near_chance=1)) == "92 ± 3†"
     assert whole_text(Statistic.of({0: 90.0, 1: 94.0})) == "92 ± 3"

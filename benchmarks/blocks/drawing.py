@@ -17,6 +17,7 @@ from backdoorbench_moe.bench.tables.wording import key_name, number
 from backdoorbench_moe.collapse import MARK
 
 RESULTS = Path("benchmarks") / "results"
+BY_APPLICATOR = Layout("", ("trigger.name",), "applicator.name", no_trigger=False)
 # Labels of tables in the pages of findings.
 NAMES = {
     "image": "on the image",
