@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from backdoorbench_moe.ops.checks import check_image_batch
+from backdoorbench_moe.ops.checks import check_image_batch, unwritten
 
 
 class Applicator(ABC):
@@ -38,10 +38,13 @@ class Applicator(ABC):
         Raises:
             ShapeError: The images, or the stamped images that the applicator returned, have a wrong shape, type or
                 range.
+            PluginError: The applicator, or the trigger in it, wrote into the images.
         """
         check_image_batch(images, "images")
-        stamped = self.apply(images, trigger)
-        check_image_batch(stamped, f"output of applicator {type(self).__name__}", like=images)
+        name = f"applicator {type(self).__name__}"
+        with unwritten(images, name):
+            stamped = self.apply(images, trigger)
+        check_image_batch(stamped, f"output of {name}", like=images)
         return stamped
 
     @abstractmethod

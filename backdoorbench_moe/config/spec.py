@@ -33,6 +33,8 @@ LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate",
 SAME, TWIN = "same", "twin"
 # `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
+# The largest seed that numpy's and torch's generators accept, which the parts of third parties may use.
+LARGEST_SEED = 2**32 - 1
 # Takes the place of the attack for a model that was trained elsewhere: any attack on it is unknown. It is not a part.
 IMPORTED = "imported"
 
@@ -90,7 +92,7 @@ class RunSpec:
             in before the run starts (see `engine.files.pin_files`). The digest covers these hashes, not the paths.
         probe: Number of test images, at least 0, whose routing is recorded before training and after every epoch. It
             is part of the digest, although it does not change the metrics.
-        seed: Seed of the run, at least 0. The seeds of training, poisoning, defenses, and the trigger (unless its
+        seed: Seed of the run, from 0 to `LARGEST_SEED`. The seeds of training, poisoning, defenses, and the trigger (unless its
             option `seed` is set) are derived from it. The splits of the data do not depend on it.
         precision: Precision of training and evaluation: "fp32", "bf16", or "auto" for bf16 if the hardware has bf16
             instructions and fp32 otherwise.
@@ -124,9 +126,10 @@ class RunSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", read_rate("policy", self.policy))
         convert_fields(self, "", ("policy", "probe", "seed", "precision", "device", "recipe"))
-        for name in ("seed", "probe"):
-            if getattr(self, name) < 0:
-                raise ConfigError.expected(name, "a number of at least 0", getattr(self, name))
+        if self.probe < 0:
+            raise ConfigError.expected("probe", "a number of at least 0", self.probe)
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigError.expected("seed", f"a number from 0 to {LARGEST_SEED}", self.seed)
         self._resolve_surrogate()
         # Drop the files of options that this spec does not have. A clean twin, for example, is derived from the spec
         # of an attacked run, but has no trigger.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from backdoorbench_moe.errors import ShapeError
+from backdoorbench_moe.errors import PluginError, ShapeError
 
 # In half precision, bilinear weights may sum to slightly more than one.
 TOLERANCE = 1e-2
@@ -47,3 +50,21 @@ def check_image_batch(images: object, name: str, *, like: Tensor | None = None, 
         low, high = (value.item() for value in torch.aminmax(images.detach()))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
             raise ShapeError(f"{name}: expected values in [0, 1], got {low:g} to {high:g}")
+
+
+@contextmanager
+def unwritten(images: Tensor, name: str) -> Iterator[None]:
+    """Check that a part does not write into its input, as its caller may use the images again.
+
+    Args:
+        images: The input. Writes are counted by torch, except into tensors of `torch.inference_mode`.
+        name: The part, in the error message.
+
+    Raises:
+        PluginError: The part wrote into the images.
+    """
+    counted = not images.is_inference()
+    before = images._version if counted else 0
+    yield
+    if counted and images._version != before:
+        raise PluginError(f"{name}: writes into its input; expected a changed copy, such as of images.clone()")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from backdoorbench_moe.errors import ConfigError, ShapeError
-from backdoorbench_moe.ops.checks import check_image_batch
+from backdoorbench_moe.ops.checks import check_image_batch, unwritten
 
 
 class Trigger(ABC):
@@ -57,9 +58,10 @@ class Trigger(ABC):
 
         Raises:
             ShapeError: The images, or the stamped images that the trigger returned, have a wrong shape, type or range.
+            PluginError: The trigger wrote into the images.
         """
         check_image_batch(images, "images")
-        return self._checked(self.stamp(images), images)
+        return self._checked(partial(self.stamp, images), images)
 
     @final
     def training(self, images: Tensor, places: Tensor) -> Tensor:
@@ -74,9 +76,10 @@ class Trigger(ABC):
 
         Raises:
             ShapeError: The images, the places or the stamped images have a wrong shape, type or range.
+            PluginError: The trigger wrote into the images.
         """
         _check_places(images, places)
-        return self._checked(self.stamp_training(images, places), images)
+        return self._checked(partial(self.stamp_training, images, places), images)
 
     @final
     def noise(self, images: Tensor, places: Tensor) -> Tensor:
@@ -92,9 +95,10 @@ class Trigger(ABC):
         Raises:
             ConfigError: The trigger has no noise form.
             ShapeError: The images, the places or the stamped images have a wrong shape, type or range.
+            PluginError: The trigger wrote into the images.
         """
         _check_places(images, places)
-        return self._checked(self.stamp_noise(images, places), images)
+        return self._checked(partial(self.stamp_noise, images, places), images)
 
     @property
     def has_noise(self) -> bool:
@@ -113,8 +117,11 @@ class Trigger(ABC):
         """Stamp a checked batch, as `stamp` does, with the noise form."""
         raise ConfigError(f"poison.noise: the trigger {type(self).__name__} has no noise form")
 
-    def _checked(self, stamped: Tensor, images: Tensor) -> Tensor:
-        check_image_batch(stamped, f"output of trigger {type(self).__name__}", like=images)
+    def _checked(self, stamp: Callable[[], Tensor], images: Tensor) -> Tensor:
+        name = f"trigger {type(self).__name__}"
+        with unwritten(images, name):
+            stamped = stamp()
+        check_image_batch(stamped, f"output of {name}", like=images)
         return stamped
 
 

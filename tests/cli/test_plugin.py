@@ -200,9 +200,11 @@ def test_check_names_every_fault_and_tests_the_rest(bad_site: Path) -> None:
         "'a_module_that_is_not_there'; bbmoe-bad requires packages that are not installed: no-such-thing"
     )
     failures = {failure["test"]: failure for failure in parts["writes"]["failures"]}
-    first = failures["test_shape_type_and_range"]
-    assert first["reason"] == "AssertionError: the input was written to"
-    assert first["line"].startswith("test_") and "assert torch.equal(images, before)" in first["line"]
+    written = failures["test_shape_type_and_range"]
+    assert "Writes: writes into its input; expected a changed copy" in written["reason"]
+    [idle] = [each for each in parts["idle"]["failures"] if each["test"] == "test_shape_type_and_range"]
+    assert idle["reason"] == "AssertionError: nothing was stamped"
+    assert idle["line"].startswith("test_") and "assert not torch.equal(stamped, images)" in idle["line"]
     found = {name: {failure["test"] for failure in part["failures"]} for name, part in parts.items()}
     assert parts["fine"]["passed"] > 50
     assert found["idle"] >= {"test_the_trigger_is_applied", "test_shape_type_and_range"}

@@ -143,7 +143,8 @@ BAD = [
     ({"dataset": None}, r"dataset: expected a name"),
     ({"recipe": "papr"}, r"recipe: unknown 'papr'; did you mean 'paper'"),
     ({"precision": "fp16"}, r"precision: unknown 'fp16'"),
-    ({"seed": -1}, r"seed"),
+    ({"seed": -1}, r"seed: expected a number from 0 to 4294967295, got -1"),
+    ({"seed": 2**32}, r"seed: expected a number from 0 to 4294967295, got 4294967296"),
     ({"trigger": None}, r"trigger and applicator: expected both or neither"),
 ]
 
