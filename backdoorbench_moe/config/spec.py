@@ -92,8 +92,8 @@ class RunSpec:
             in before the run starts (see `engine.files.pin_files`). The digest covers these hashes, not the paths.
         probe: Number of test images, at least 0, whose routing is recorded before training and after every epoch. It
             is part of the digest, although it does not change the metrics.
-        seed: Seed of the run, from 0 to `LARGEST_SEED`. The seeds of training, poisoning, defenses, and the trigger (unless its
-            option `seed` is set) are derived from it. The splits of the data do not depend on it.
+        seed: Seed of the run, from 0 to `LARGEST_SEED`. The seeds of training, poisoning, defenses, and the trigger
+            (unless its option `seed` is set) are derived from it. The splits of the data do not depend on it.
         precision: Precision of training and evaluation: "fp32", "bf16", or "auto" for bf16 if the hardware has bf16
             instructions and fp32 otherwise.
         device: "auto", "cpu", "cuda" or "cuda:N"; not part of the digest.

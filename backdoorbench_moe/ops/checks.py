@@ -67,4 +67,6 @@ def unwritten(images: Tensor, name: str) -> Iterator[None]:
     before = images._version if counted else 0
     yield
     if counted and images._version != before:
-        raise PluginError(f"{name}: writes into its input; expected a changed copy, such as of images.clone()")
+        raise PluginError(
+            f"{name}: writes into its input; expected a changed copy, such as of images.clone()"
+        )

@@ -40,7 +40,9 @@ class Corner(Applicator):
     ids=["stamp", "training", "noise", "applicator"],
 )
 def test_a_part_that_writes_into_its_input_is_named(call) -> None:
-    with pytest.raises(PluginError, match=r"(trigger Brightens|applicator Corner): writes into its input; expected"):
+    with pytest.raises(
+        PluginError, match=r"(trigger Brightens|applicator Corner): writes into its input; expected"
+    ):
         call(torch.rand(2, 3, 8, 8))
 
 
