@@ -16,7 +16,7 @@ from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.attacks.base import Attack
 from backdoorbench_moe.config import PartSpec, RunSpec
 from backdoorbench_moe.data.base import DataSource
-from backdoorbench_moe.engine.training.train import load_weights
+from backdoorbench_moe.engine.training.checkpoint import load_weights
 from backdoorbench_moe.errors import ConfigError, PluginError
 from backdoorbench_moe.gates.base import Gate
 from backdoorbench_moe.moe.merging import MergedModel, check_mergeable

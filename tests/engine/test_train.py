@@ -13,8 +13,9 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.inference import as_input
 from backdoorbench_moe.engine.training import step as step_module
+from backdoorbench_moe.engine.training.checkpoint import load_weights
 from backdoorbench_moe.engine.training.step import TrainStep, make_optimizer
-from backdoorbench_moe.engine.training.train import Trainer, learning_rate, load_weights
+from backdoorbench_moe.engine.training.train import Trainer, learning_rate
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing

@@ -9,8 +9,8 @@ from backdoorbench_moe.attacks.training_control import ControlledBatch, Training
 from backdoorbench_moe.config import RunSpec, TrainSpec
 from backdoorbench_moe.engine.build import cut
 from backdoorbench_moe.engine.setups.base import Setup
+from backdoorbench_moe.engine.training.checkpoint import Companion
 from backdoorbench_moe.engine.training.step import model_losses
-from backdoorbench_moe.engine.training.train import Companion
 from backdoorbench_moe.engine.training.tune import Tuner
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import ConfigError

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.makers.probe import Probe
+from backdoorbench_moe.engine.training.checkpoint import Companion
 from backdoorbench_moe.engine.training.freezing import freezing
-from backdoorbench_moe.engine.training.train import Companion, Trainer
+from backdoorbench_moe.engine.training.train import Trainer
 from backdoorbench_moe.engine.training.tune import training_only
 from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.ops.tuning import Objective

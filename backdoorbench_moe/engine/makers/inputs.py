@@ -20,7 +20,7 @@ from backdoorbench_moe.engine.graph import (
     needs,
 )
 from backdoorbench_moe.engine.run import Run, check_data, check_model
-from backdoorbench_moe.engine.training.train import load_weights
+from backdoorbench_moe.engine.training.checkpoint import load_weights
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.moe.merging import check_same_base, expert_names
 from backdoorbench_moe.records import MODEL, RunFolder

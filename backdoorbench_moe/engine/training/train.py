@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -16,45 +15,15 @@ from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.engine.device import reproducible
 from backdoorbench_moe.engine.progress.observer import Observer
+from backdoorbench_moe.engine.training.checkpoint import Companion, Progress, flatten, restore
 from backdoorbench_moe.engine.training.step import TrainStep, make_optimizer
 from backdoorbench_moe.errors import ConfigError, RecordError
 from backdoorbench_moe.ops.augmentation import Augmentation
 from backdoorbench_moe.ops.seeding import generator, seeded
 from backdoorbench_moe.ops.stored_images import StoredImages
 from backdoorbench_moe.ops.tuning import Objective
-from backdoorbench_moe.records.reading import is_epoch_row
 
 SECONDS_BETWEEN_LOSSES = 1.0
-
-
-@dataclass
-class Progress:
-    """The plain values of a checkpoint.
-
-    Attributes:
-        epoch: Number of finished epochs.
-        history: One row for each finished epoch.
-        seconds: Total duration of the finished epochs.
-    """
-
-    epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Companion:
-    """Networks that an objective trains together with the model, such as those of a trigger.
-
-    Attributes:
-        networks: All networks, on the device.
-        optimizer: The optimizer of the networks that are trained; its learning rate is constant.
-        trained: The networks that are in training mode during training.
-    """
-
-    networks: nn.Module
-    optimizer: torch.optim.Optimizer
-    trained: Sequence[nn.Module]
 
 
 def learning_rate(spec: TrainSpec, step: int, steps: int) -> float:
@@ -231,11 +200,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights and the state of the optimizer as one flat dict."""
-        return _flat("", self.model, self.optimizer) | (
-            {}
-            if self.companion is None
-            else _flat("companion.", self.companion.networks, self.companion.optimizer)
-        )
+        return flatten(self.model, self.optimizer, self.companion)
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Restore a checkpoint.
@@ -247,75 +212,4 @@ class Trainer:
         Raises:
             RecordError: The checkpoint is damaged or belongs to another model.
         """
-        load_weights(self.model, _part(tensors, "model."), "checkpoint")
-        if self.companion is not None:
-            load_weights(self.companion.networks, _part(tensors, "companion.model."), "checkpoint")
-        try:
-            _restore_optimizer(self.optimizer, _part(tensors, "optimizer."))
-            if self.companion is not None:
-                _restore_optimizer(self.companion.optimizer, _part(tensors, "companion.optimizer."))
-            self.progress = Progress(**state)
-            _check_progress(self.progress, self.spec.epochs)
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise RecordError(f"checkpoint: damaged ({error}); delete it to train from the start") from error
-
-
-def _check_progress(progress: Progress, epochs: int) -> None:
-    """Raise ValueError unless the values are those after one of the epochs, since anyone may have written the file."""
-    rows, done, seconds = progress.history, progress.epoch, progress.seconds
-    if type(done) is not int or not 1 <= done <= epochs:
-        raise ValueError(f"expected 1 to {epochs} finished epochs, found {done!r}")
-    if type(seconds) is not float or not 0 < seconds < math.inf:
-        raise ValueError(f"expected a positive number of seconds, found {seconds!r}")
-    if not isinstance(rows, list) or len(rows) != done or not all(map(is_epoch_row, rows)):
-        raise ValueError(f"expected one row of the history for each of {done} epochs")
-
-
-def _flat(prefix: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The weights of a model and the state of its optimizer as one dict."""
-    flat = {f"{prefix}model.{key}": value for key, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        flat |= {f"{prefix}optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
-    return flat
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore the state of an optimizer from tensors by index of the parameter and name, such as "3.exp_avg"."""
-    state = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            # Fused optimizers require that a buffer has the memory format of its weight.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state["state"].setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(state)
-
-
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load weights, whose names and shapes must be exactly those of the model.
-
-    Args:
-        model: The model.
-        tensors: Weights by name.
-        source: Source of the weights, for error messages.
-
-    Raises:
-        RecordError: A name is missing or unknown, or a shape differs.
-    """
-    own = model.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        raise RecordError(
-            f"{source}: weight {name!r} is {'missing' if name in own else 'unknown to the model'}"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise RecordError(
-                f"{source}: weight {name!r}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-            )
-    model.load_state_dict(tensors)
+        self.progress = restore(tensors, state, self.model, self.optimizer, self.companion, self.spec.epochs)
