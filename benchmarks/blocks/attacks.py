@@ -20,18 +20,21 @@ FOLLOWED = 20.0
 GROUPS = {"warp": "WaNet, noise", "bpp": "BPP, noise", "square": "TaCT", "frequency": "CTRL"}
 
 
-def table1(root: Path) -> str:
-    """Draw the ASR of Table 1, with the paper's in columns of its own, without rows that have no finished run."""
-    folder = root / RESULTS / "badpatches-table1" / "small"
-    sheet = build_sheet(results_of(root, folder))
+def over_rates(root: Path, place: str) -> str:
+    """Draw the ASR over the poisoning rate, with the paper's in columns of its own.
+
+    Rows and triggers without a finished run are left out.
+    """
+    sheet = build_sheet(results_of(root, root / RESULTS / place))
     [table] = [table for table in sheet.tables if table.metric == "asr"]
+    run = [any(row[column].statistic for row in table.places) for column in range(len(table.columns))]
     names = [*map(key_name, table.row_keys)]
-    for column in table.columns:
+    for column in compress(table.columns, run):
         names += [column, "paper"]
     rows = []
     for labels, places in zip(table.rows, table.places, strict=True):
         if any(place.statistic for place in places):
-            pairs = [(whole_text(place.statistic, 1), paper_text(place)) for place in places]
+            pairs = [(whole_text(each.statistic, 1), paper_text(each)) for each in compress(places, run)]
             rows.append([*labels, *(text for pair in pairs for text in pair)])
     return small_table(names, rows)
 
@@ -112,7 +115,9 @@ def transformers(root: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "table1": table1,
+    "table1": partial(over_rates, place="badpatches-table1/small"),
+    "table1-medium": partial(over_rates, place="badpatches-table1/medium"),
+    "table2": partial(over_rates, place="badpatches-table2/small"),
     "stamping": partial(stamping, scale="small"),
     "stamping-medium": partial(stamping, scale="medium"),
     "small-recipe": small_recipe,

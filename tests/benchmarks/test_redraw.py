@@ -105,7 +105,7 @@ def test_a_row_of_table_1_is_shown_if_any_of_its_cells_was_run(script, copy) -> 
     assert without.count("| – |") == 3 and "| image | 0.5% | 19.1 ± 12.9 | 90.7 | – | 99.6 |" in without
 
 
-@pytest.mark.parametrize("name", ["table1", "moevil", "texts"])
+@pytest.mark.parametrize("name", ["table1", "table1-medium", "table2", "moevil", "texts"])
 def test_a_cell_of_these_tables_has_a_mean_and_its_deviation_only(script, name) -> None:
     _, rule, *rows = script.BLOCKS[name](ROOT).splitlines()
     labels = rule.count(" ---")
