@@ -9,7 +9,7 @@ from typing import Any
 
 from backdoorbench_moe.auditing.outcome import Outcome
 from backdoorbench_moe.auditing.store import as_json
-from backdoorbench_moe.auditing.verdict import NO_SIGN, RULE, SIGNS
+from backdoorbench_moe.auditing.verdict import RULE
 
 SCHEMA_VERSION = 1
 FILE = "audit.json"
@@ -50,8 +50,7 @@ def thresholds_line(audit: Outcome) -> str:
             "not calibrated; they are published or come from statistical tests, and it is not known how often clean "
             "models exceed them"
         )
-    own = [each.check for each in audit.findings if each.level in (SIGNS, NO_SIGN) and not each.calibrated]
-    return audit.calibration.line + (f"; not calibrated: {', '.join(own)}" if own else "")
+    return audit.calibration.line
 
 
 def above_line(document: Mapping[str, Any]) -> str:

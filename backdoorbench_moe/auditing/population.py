@@ -94,8 +94,13 @@ def set_thresholds(members: Sequence[Member], level: float = LEVEL) -> dict[str,
 
 
 def tells_apart(clean: Sequence[float], attacked: Sequence[float]) -> bool:
-    """Return whether the 95% interval of a check's AUROC lies above 50%."""
-    return bool(attacked) and auroc(np.asarray(clean), np.asarray(attacked)).low > 50
+    """Return whether the 95% interval of a check's AUROC lies above 50%.
+
+    It does not if all clean models have the same score, as a threshold needs the spread of their scores.
+    """
+    if not attacked or len(set(clean)) == 1:
+        return False
+    return auroc(np.asarray(clean), np.asarray(attacked)).low > 50
 
 
 def _scores(members: Iterable[Member]) -> dict[str, list[float]]:

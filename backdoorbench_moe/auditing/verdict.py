@@ -17,6 +17,7 @@ DOES_NOT_JUDGE: Level = "does not judge"
 NOT_TESTED: Level = "not tested"
 # Why a check that was measured does not judge.
 NO_THRESHOLD = "there is no threshold to compare the score with"
+NOT_CALIBRATED = "the calibration has no threshold for the check"
 NOT_SHOWN = "the calibration did not show that the check tells attacked models from clean ones"
 # Number of reasons that are stated first.
 MOST_REASONS = 3
@@ -85,8 +86,9 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
     Args:
         check: The check.
         measured: Its result.
-        calibration: The calibrated thresholds. The check's own threshold is used for a check without one. A check that
-            did not distinguish attacked models from clean ones in the calibration does not judge.
+        calibration: The calibrated thresholds; None to use the check's own. A check that is not in the calibration, or
+            that did not distinguish attacked models from clean ones there, does not judge, as the error rates of the
+            verdict do not include it.
         seconds: Duration of the check in seconds.
     """
     known = None if calibration is None else calibration.threshold(check.name, check.version)
@@ -95,6 +97,8 @@ def judge(check: Check, measured: Measured, calibration: Calibration | None, sec
     why_not = ""
     if threshold is None:
         why_not = NO_THRESHOLD
+    elif calibration is not None and known is None:
+        why_not = NOT_CALIBRATED
     elif known is not None and not known.judges:
         why_not = NOT_SHOWN
     sign = threshold is not None and measured.score > threshold
@@ -129,8 +133,8 @@ def strength_of(score: float, centre: float, threshold: float) -> float:
 def combine(findings: Iterable[Finding]) -> Verdict:
     """Combine findings to a verdict: one check above its threshold is a sign of a backdoor.
 
-    Calibrated thresholds are set so that the false alarm rate of all checks together is the level of the calibration:
-    each check that judges gets an equal part of it (Bonferroni correction).
+    Calibrated thresholds aim at a false alarm rate of all checks together that is the level of the calibration: each
+    check that judges gets an equal part of it (Bonferroni correction). The measured rate is part of the calibration.
     """
     judging = _judging(findings)
     if not judging:

@@ -38,9 +38,11 @@ def uncalibrated(monkeypatch) -> None:
 FAST = ["gate-rows", "expert-norms", "head-rows", "scaled-images"]
 
 
-def audit(*checks: Constant, folder=None, name: str = "a model", **given: object) -> Audit:
+def audit(
+    *checks: Constant, folder=None, name: str = "a model", calibrated: bool = False, **given: object
+) -> Audit:
     subject, store = with_store(make_subject(Rows(), **given), folder)  # type: ignore[arg-type]
-    return run_audit(subject, name=name, store=store, checks=checks)
+    return run_audit(subject, name=name, store=store, checks=checks, calibrated=calibrated)
 
 
 def test_a_check_that_is_finished_is_not_run_again(tmp_path) -> None:
@@ -106,7 +108,11 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
         "backdoorbench_moe.auditing.audit.packaged",
         lambda **_: Calibration(
             0.05,
-            {"far/1": Threshold(0.0, 2.0, 9, judges=False), "near/1": Threshold(0.0, 2.0, 9, judges=False)},
+            {
+                "far/1": Threshold(0.0, 2.0, 9, judges=False),
+                "near/1": Threshold(0.0, 2.0, 9, judges=False),
+                "judges/1": Threshold(0.0, 2.0, 9),
+            },
             {
                 "checks": {"far/1": row, "near/1": row},
                 "population": {"calibrating": {"clean": 9}, "measuring": {"clean": 8}},
@@ -119,7 +125,7 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
             },
         ),
     )
-    found = audit(Constant("far", 9.0), Constant("near", 1.0), Constant("judges", 0.5))
+    found = audit(Constant("far", 9.0), Constant("near", 1.0), Constant("judges", 0.5), calibrated=True)
     files = found.save(tmp_path)
     document, page = json.loads(files[0].read_text()), files[1].read_text(encoding="utf-8")
     assert found.verdict.level == NO_SIGN and document["above_but_does_not_judge"] == ["far"]
@@ -130,11 +136,10 @@ def test_a_check_that_does_not_judge_is_named_if_it_is_above_its_threshold(tmp_p
         "from 9 clean models (pmoe on signs; pmoe, vmoe on cifar10; others were not measured); on 8 other clean ones"
         in page
     )
-    assert document["thresholds"].endswith("; not calibrated: judges")
     # Without such a check, nothing is said.
-    assert "Above the threshold" not in audit(Constant("near", 1.0)).save(tmp_path)[1].read_text(
-        encoding="utf-8"
-    )
+    assert "Above the threshold" not in audit(Constant("near", 1.0), calibrated=True).save(tmp_path)[
+        1
+    ].read_text(encoding="utf-8")
 
 
 def test_an_audit_that_only_measures_says_so(tmp_path, uncalibrated) -> None:

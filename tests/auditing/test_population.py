@@ -21,6 +21,7 @@ from backdoorbench_moe.auditing.population import (
     set_thresholds,
     strength,
     table,
+    tells_apart,
     working,
 )
 from backdoorbench_moe.auditing.verdict import NOT_TESTED, SIGNS
@@ -59,6 +60,12 @@ def test_thresholds_come_from_clean_models_of_even_seeds() -> None:
         for m in members
     ]
     assert set_thresholds(changed, 0.05) == found
+
+
+def test_a_check_with_the_same_score_for_all_clean_models_does_not_judge() -> None:
+    """Its threshold would be that score, and any other score would be far above it."""
+    assert tells_apart([0.0, 0.1] * 10, [1.0] * 20)
+    assert not tells_apart([0.0] * 20, [1.0] * 20) and not tells_apart([0.0, 0.1] * 10, [])
 
 
 def test_errors_are_measured_on_the_others() -> None:

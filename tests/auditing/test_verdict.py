@@ -49,11 +49,18 @@ def test_a_calibrated_threshold_takes_the_place_of_the_published_one() -> None:
     known = parse(DOCUMENT, "here")
     one = found(2.0, known=known)
     assert one.level == NO_SIGN and one.calibrated and one.threshold == 3.0 and one.strength == 0.5
-    assert found(2.0, "b", known=known).level == SIGNS  # Not calibrated: its own threshold.
+    assert "10 clean models" in known.line and "8%" in known.line and "2 to 35%" in known.line
+
+
+def test_a_check_that_is_not_in_the_calibration_does_not_judge() -> None:
+    """Otherwise, the false alarm rate that was measured for the verdict would not include it."""
+    known = parse(DOCUMENT, "here")
     newer = Constant("a", 2.0)
     newer.version = 2
-    assert not judge(newer, Measured(2.0, "x"), known).calibrated
-    assert "10 clean models" in known.line and "8%" in known.line and "2 to 35%" in known.line
+    for one in (found(2.0, "b", known=known), judge(newer, Measured(2.0, "x"), known)):
+        assert one.level == DOES_NOT_JUDGE and one.threshold == 1.0 and not one.calibrated
+        assert one.why_not == "the calibration has no threshold for the check"
+    assert combine([found(2.0, "b", known=known), found(2.0, known=known)]).level == NO_SIGN
 
 
 def test_a_check_that_did_not_earn_its_place_does_not_judge() -> None:
