@@ -140,7 +140,9 @@ class Scan(SampleFilter):
         known = (clean.double() - vectors.double().mean(0)) @ directions.T
         if not points.shape[1]:
             return points, known
-        factor = torch.linalg.cholesky(within_covariance(known, labels))
+        factor = torch.linalg.cholesky(
+            within_covariance(known, labels, smallest=RIDGE * points.var(0).mean())
+        )
         return (
             torch.linalg.solve_triangular(factor, points.T, upper=False).T,
             torch.linalg.solve_triangular(factor, known.T, upper=False).T,
@@ -171,19 +173,21 @@ def anomaly_of(groups: Mapping[int, TwoGroups]) -> list[float]:
     return [-float(index) for index in anomaly_indices(evidence)] if evidence else []
 
 
-def within_covariance(points: Tensor, labels: Tensor) -> Tensor:
+def within_covariance(points: Tensor, labels: Tensor, *, smallest: Tensor) -> Tensor:
     """Compute the covariance (k, k) of points around the means of their classes, with a small ridge.
 
     Args:
         points: (n, k) float64.
         labels: (n,) int64, of C different classes. The sum of squares is divided by n - C.
+        smallest: Scalar, the least variance that the ridge is a share of. It matters if the points of each class are
+            (nearly) equal.
     """
     present, index = labels.unique(return_inverse=True)
     inside = torch.nn.functional.one_hot(index, len(present)).to(points.dtype)
     means = inside.T @ points / inside.sum(0).unsqueeze(1)
     apart = points - means[index]
     covariance = apart.T @ apart / max(1, len(points) - len(present))
-    scale = covariance.diagonal().mean().clamp(min=torch.finfo(points.dtype).tiny)
+    scale = covariance.diagonal().mean().clamp(min=smallest)
     return covariance + RIDGE * scale * torch.eye(points.shape[1], dtype=points.dtype, device=points.device)
 
 

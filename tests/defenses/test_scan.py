@@ -46,7 +46,7 @@ def test_the_covariance_is_that_around_the_means_of_the_classes() -> None:
     expected = sum(
         (len(part) - 1) * np.cov(part.T) for part in (points[labels == k].numpy() for k in (0, 2, 5))
     ) / (40 - 3)
-    found = within_covariance(points, labels)
+    found = within_covariance(points, labels, smallest=torch.tensor(0.0))
     np.testing.assert_allclose(found, expected + RIDGE * np.diag(expected).mean() * np.eye(3))
 
 
@@ -91,6 +91,16 @@ def test_equal_vectors_are_not_suspicious() -> None:
     task = planted_task(torch.ones(12, 4), labels, torch.ones(6, 4), labels[:6])
     samples, classes = judged("scan", task).judgements
     assert samples.scores.tolist() == [0] * 12 and set(classes.scores.values()) == {0.0}
+
+
+def test_clean_vectors_that_are_equal_within_their_classes_give_finite_scores() -> None:
+    """Such as copies of one image; without a least variance, the whitened vectors overflow."""
+    vectors, labels, clean, known = variant(0)
+    task = planted_task(vectors, labels, clean[:6].repeat(2, 1), known[:6].repeat(2))
+    samples, classes = judged("scan", task).judgements
+    assert samples.scores.isfinite().all() and np.isfinite(list(classes.scores.values())).all()
+    same = within_covariance(torch.zeros(9, 3).double(), torch.arange(9) % 3, smallest=torch.tensor(4.0))
+    np.testing.assert_allclose(same, 4 * RIDGE * np.eye(3))
 
 
 def test_bad_input() -> None:
