@@ -70,7 +70,8 @@ class HDPO(ExpertPoisoning):
     """Harmful DPO: train an expert to prefer harmful answers to safe ones, and then on its task again.
 
     Departures: the betas are ten times the paper's, as in `moevil`. The default of `preference_lr` was tuned so that
-    the expert alone is about as harmful as those of the other attacks.
+    the expert alone is about as harmful as those of the other attacks, whereas the weights of `moevil` and `hsft` were
+    tuned by the harm of the mixture.
 
     Args:
         poison: The target class, which the run provides; all rates must be 0.

@@ -32,7 +32,8 @@ class IBDPSC(InputFilter):
     Norms are counted in the order in which they are computed.
 
     Departures: by default, the threshold is a quantile of the scores of clean images (`fpr`), see `threshold`. The
-    paper scales batch norms; here, layer and group norms are scaled as well.
+    paper scales batch norms; here, layer and group norms are scaled as well. The values of k are those of the paper;
+    BackdoorBox's code uses the next larger ones, k + 1 to k + `models`.
 
     Args:
         factor: Factor of scales and shifts, above 1.

@@ -129,7 +129,8 @@ def invert(
     Departures from the paper's code: the weight starts at 0.001; in the code it is 0 until the stamp has succeeded for
     `patience` epochs. A search ends after twice `patience` epochs without a smaller stamp; in the code's example, after
     five times as many. Images or patches that are at the target without a stamp, such as the images of the target
-    class, are left out. The initial stamp of a target is drawn from a seed.
+    class, are left out. Stamps are compared by their sizes at the end of an epoch; in the code, by the mean size over
+    the epoch. The initial stamp of a target is drawn from a seed.
 
     Args:
         goal: The goal; its model is not changed.

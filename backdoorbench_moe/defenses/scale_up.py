@@ -39,7 +39,7 @@ class ScaleUp(InputFilter):
             images with the same prediction, as the paper does if the defender has clean images. For classes with fewer
             than two images, those of all images are used.
         fpr: Highest false positive rate, in (0, 1): the probability that a clean image is rejected.
-        threshold: A fixed threshold that replaces `fpr`; None for none. It is 0.5 in the paper's code.
+        threshold: A fixed threshold that replaces `fpr`; None for none. It is 0.5 in BackdoorBox.
         calibrate: Largest number of the defender's images that are used to set the threshold.
         reserve: Number of the defender's images that `normalise` uses, from 2; they do not set the threshold.
         clean_fraction: Share of the training images that the defender holds, in (0, 1].

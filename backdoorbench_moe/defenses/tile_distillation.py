@@ -45,6 +45,9 @@ class TileDistillation(Defense):
     Plain tuning for as many epochs is a comparison with labels and without stamps. To see what the distillation alone
     does, use `share=0`.
 
+    The defaults were chosen on CIFAR-10, for a pMoE with the square in every patch, by ASR and clean accuracy on the
+    test images, so results in that case are optimistic.
+
     Args:
         tiles: The stamps; see `tile-tuning`.
         saturated: Probability in [0, 1] that all values of a stamp's colours are 0 or 1, as in the strongest triggers.

@@ -78,7 +78,8 @@ class InputAware(TrainableTrigger):
 
     Departures from the code: the model is trained for the epochs of the run; the learning rate of G is constant;
     distances are computed between images in [0, 1], which the code normalises first; the mask is trained on images
-    without augmentation, and its optimizer uses torch's default betas.
+    without augmentation, and its optimizer uses torch's default betas; the gradients of G are reset before every step,
+    whereas the code lets them accumulate.
 
     Args:
         density: Value of a mask pixel above which it is penalised, in (0, 1).

@@ -32,7 +32,8 @@ class Patches(Trigger):
 
     Departures: the paper's patches are two trademarks, a 3x3 checkerboard and a square, which this package may not
     distribute. Instead, it draws a ring, stripes, a checkerboard and a framed square, all of them in corners. The paper
-    gives each patch to exactly a quarter of the images; here, the patch of an image is drawn.
+    gives each patch to exactly a quarter of the images; here, the patch of an image is drawn. Both patches of the test
+    form are also stamped in training; in the paper's code, one of the two is a variant that is not.
 
     Args:
         size: Side of a patch as a share of the shorter side of the image or tile, in (0, 0.5]; at least one pixel.
