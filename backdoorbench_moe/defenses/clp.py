@@ -44,9 +44,10 @@ class CLP(Defense):
     on noise. The original pairs it with the preceding convolution in the order in which modules were created, which is
     the wrong one in networks with shortcuts. In a pre-activation network, a norm precedes the convolution of its block;
     it is paired with the convolutions whose sum it normalises: the last one of the previous block, and its shortcut.
-    The original's bound has no eps. The bound of a sum is the root of the sum of squares of s(W_c), which bounds the sum as a function of both inputs
-    together. Identities in the sum are not counted, since they add the same to all channels. Convolutions that no norm
-    follows are pruned only if the model names them as `prunable`; their bound is s(W_c).
+    The original's bound has no eps. The bound of a sum is the root of the sum of squares of s(W_c), which bounds the
+    sum as a function of both inputs together. Identities in the sum are not counted, since they add the same to all
+    channels. Convolutions that no norm follows are pruned only if the model names them as `prunable`; their bound is
+    s(W_c).
 
     As an extension, hidden units of MLPs (`fc1`) are channels, too: the bound of a unit is the L2 norm of its row of
     weights. Layer norms have no running statistics and thus no bound, so transformers are pruned in their MLPs only.
