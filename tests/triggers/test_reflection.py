@@ -47,6 +47,20 @@ def test_a_ghost_is_two_copies_at_the_shift(dot: str) -> None:
     assert seen >= 4
 
 
+def test_either_copy_of_a_ghost_has_15_to_85_percent_of_the_weight(dot: str) -> None:
+    shares = []
+    for seed in range(40):
+        trigger = Reflection(form="ghost", alpha=1.0, image=dot, seed=seed)
+        bright = trigger(torch.zeros(1, 3, SIDE, SIDE))[0, 0]
+        rows = bright.amax(1)
+        upper, *lower = spots(rows)
+        if len(lower) == 1:  # The other copy may lie outside.
+            first, second = (rows[round(place)].item() for place in (upper, lower[0]))
+            assert first + second == pytest.approx(1, abs=0.05)
+            shares.append(second)
+    assert len(shares) > 20 and 0.14 < min(shares) < 0.3 and 0.7 < max(shares) < 0.86
+
+
 def test_a_reflected_white_wall_brightens_by_alpha(tmp_path: Path) -> None:
     path = str(tmp_path / "white.png")
     Image.fromarray(np.full((9, 12, 3), 255, dtype=np.uint8)).save(path)
