@@ -203,6 +203,8 @@ def test_the_pattern_excites_the_neurons_of_the_largest_weights() -> None:
     trigger.load_state(trigger.optimise(task))
     rows = model.first.detach()[[1, 3]].sum(0).view(1, 3, SIDE, SIDE)[..., -2:, -2:]
     torch.testing.assert_close(trigger.pattern, (start + 0.3 * rows.sign()).clamp(0, 1))
+    excited = model.extract_features(trigger(as_input(task.images)))[:, [1, 3]].mean().item()
+    assert trigger.assess(task) == {"activation": pytest.approx(excited)}
 
 
 def test_a_model_without_a_head_is_refused_and_too_many_neurons() -> None:
@@ -330,6 +332,20 @@ def test_the_first_step_is_as_long_as_the_option_says(name: str, state: str, opt
         change = change[(found > 0) & (found < 1)] if name != "narcissus" else change
     expected = 8 / 255 if name == "label-consistent" else 0.03
     torch.testing.assert_close(change.abs(), torch.full_like(change, expected), atol=1e-4, rtol=0)
+
+
+def test_the_seed_draws_batches_with_replacement_and_a_sample_without() -> None:
+    """Of 300 images whose labels are their places, from 20 on."""
+    task = surrogate_task(Linear())
+    task = replace(task, images=task.images[:1].expand(300, -1, -1, -1), labels=torch.arange(300))
+    allowed = torch.arange(20, 300)
+    batches, samples = [], []
+    for seed in (0, 1):
+        batches += [labels.tolist() for _, labels in task.batches(allowed, 50, 2, seed)]
+        samples.append(task.sample(seed, allowed)[1].tolist())
+    assert len(set(map(tuple, batches))) == 4 and samples[0] != samples[1]
+    assert all(len(drawn) == 50 and min(drawn) >= 20 for drawn in batches)
+    assert all(len(drawn) == 256 and drawn == sorted(set(drawn)) and drawn[0] >= 20 for drawn in samples)
 
 
 @pytest.mark.parametrize("name", NAMES)
