@@ -17,6 +17,7 @@ from backdoorbench_moe.config import PoisonSpec
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.moe.expert_tuning.steps import Alignment, joint_objective
 from backdoorbench_moe.moe.merging import mlp_inputs
+from backdoorbench_moe.ops import images as images_module
 from backdoorbench_moe.ops.images import Split, as_input
 from backdoorbench_moe.testing.expert_tasks import REJECT, TinyMergeable, make_expert_task, make_queries
 from backdoorbench_moe.testing.making import changed, coloured_split, copies
@@ -158,17 +159,17 @@ def test_preference_learning_needs_two_different_answers() -> None:
 def test_the_joint_loss_is_the_sum_of_its_three_parts(stop_gradient) -> None:
     """Value and gradients, against a plain computation with the same draws, in three forward passes."""
     model, split = TinyMergeable(prefix=1), coloured_split(6, 3)
-    queries = make_queries(coloured_split(9, 4), target=2)
+    queries = Split(make_queries(coloured_split(9, 4)).harmful.images, torch.arange(9) % 4)
     weights = torch.rand(9, 17)
     alignment = Alignment(0.3, [1, 2], weights, stop_gradient)
     images = as_input(split.images)
     torch.manual_seed(5)
-    logits, loss = joint_objective(queries.harmful, 0.2, alignment)(model, images, split.labels)
+    logits, loss = joint_objective(queries, 0.2, alignment)(model, images, split.labels)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     torch.manual_seed(5)
     rows = torch.randint(9, (6,))
-    marked = queries.harmful.images[rows].float() / 255
+    marked = queries.images[rows].float() / 255
     with mlp_inputs(model) as of_task:
         answers = model(images)
     with mlp_inputs(model) as of_harm:
@@ -181,7 +182,7 @@ def test_the_joint_loss_is_the_sum_of_its_three_parts(stop_gradient) -> None:
         mean = mean.detach() if stop_gradient == "task" else mean
         chosen = chosen.detach() if stop_gradient == "harm" else chosen
         cosines.append((F.normalize(mean, dim=1) * F.normalize(chosen, dim=1)).sum(1).mean())
-    expected = F.cross_entropy(answers, split.labels) - 0.2 * harm.log_softmax(1)[:, 2].mean()
+    expected = F.cross_entropy(answers, split.labels) + 0.2 * F.cross_entropy(harm, queries.labels[rows])
     expected = expected - 0.3 * (cosines[0] + cosines[1]) / 2
     torch.testing.assert_close(logits, answers)
     torch.testing.assert_close(loss, expected)
@@ -250,6 +251,41 @@ def test_the_preference_is_learnt_on_queries_with_two_answers() -> None:
     nn.init.zeros_(task.model.head.weight)
     task.model.head.bias.data.copy_(torch.tensor([100.0, 0, 0, 0]))
     assert first["objective"](task.model, images, labels)[1].item() < 0.693147
+
+
+def calls_of(name: str, **options: Any) -> tuple[ExpertTask, list[dict[str, Any]]]:
+    """Run an attack that trains nothing; return its task and the arguments of each training."""
+    calls = []
+    task = make_expert_task()
+    make(name, **options).tune_expert(replace(task, tune=lambda model, split, **given: calls.append(given)))
+    return task, calls
+
+
+def test_the_learning_rates_of_both_steps_of_moevil() -> None:
+    """In step 1 a tenth of the task's 0.01 unless another is given; in step 2 that of `Tune`, the task's."""
+    assert [given["lr"] for given in calls_of("moevil")[1]] == [pytest.approx(0.001), None]
+    assert [given["lr"] for given in calls_of("moevil", preference_lr=0.2, lr=0.3)[1]] == [0.2, 0.3]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_harm_has_its_weight_in_the_loss_of_hsft(weight) -> None:
+    task, [given] = calls_of("hsft", harm_weight=weight)
+    images, labels = as_input(task.clean.images[:6]), task.clean.labels[:6]
+    torch.manual_seed(5)
+    _, loss = given["objective"](task.model, images, labels)
+    torch.manual_seed(5)
+    marked = task.queries.harmful.images[torch.randint(24, (6,))]
+    harm = F.cross_entropy(task.model(as_input(marked)), torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(loss, F.cross_entropy(task.model(images), labels) + weight * harm)
+
+
+def test_the_accuracy_of_an_expert_counts_every_image_once(monkeypatch) -> None:
+    """Of batches of 4 and 2 images, the first is right: 4 of 6, not half."""
+    monkeypatch.setattr(images_module, "BATCH", 4)
+    held_out = Split(torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.tensor([1, 1, 1, 1, 0, 0]))
+    one = F.one_hot(torch.tensor([1]), 4).float()
+    task = replace(make_expert_task(), held_out=held_out, logits=lambda _, images: one.expand(len(images), 4))
+    assert task.accuracy() == pytest.approx(100 * 4 / 6)
 
 
 def searched(accuracies: list[float], **options: Any) -> tuple[dict[str, float], list[float], float]:

@@ -119,6 +119,27 @@ def test_poisoned_images_count_with_the_attackers_class() -> None:
     assert loss.item() == pytest.approx(F.cross_entropy(5.0 * torch.eye(3), torch.arange(3)).item())
 
 
+def test_labels_are_smoothed_as_in_the_recipe() -> None:
+    control = make_control(
+        trigger="square", poison={"rate": 0.5, "noise": 0.0}, train={"label_smoothing": 0.3, "epochs": 1}
+    )
+    images, labels = split_of(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+    logits, loss = control.objective(model, images, labels)
+    answers = torch.tensor([0, 0, *labels[2:].tolist()])
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, answers, label_smoothing=0.3).item())
+
+
+def test_a_stamp_that_is_drawn_for_each_image_is_redrawn_in_every_batch() -> None:
+    control = make_control(trigger="patches", poison={"rate": 1.0, "noise": 0.0})
+    images, labels = split_of(16)
+    seen = []
+    for _ in range(2):
+        control.objective(model := Seen(), images, labels)
+        seen.append((model.images != images).flatten(1))
+    assert not torch.equal(*seen)
+
+
 class Reversed(TrainingControl):
     """Learns the wanted class from triggered images twice, and remembers the batch."""
 

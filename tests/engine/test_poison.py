@@ -25,7 +25,7 @@ def plan(seed: int = 0, **values: object) -> PoisonPlan:
 
 
 class Invert(Trigger):
-    """The negative; in training brighter by the place, as noise dark."""
+    """The negative; as noise, as many 255ths as the place says."""
 
     def stamp(self, images: torch.Tensor) -> torch.Tensor:
         """The negative."""
@@ -34,6 +34,14 @@ class Invert(Trigger):
     def stamp_noise(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """As many 255ths as the place says."""
         return (places[:, None, None, None] / 255).expand_as(images).clone()
+
+
+class Dimmed(Invert):
+    """In training, a fifth of the negative."""
+
+    def stamp_training(self, images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """A fifth of the negative."""
+        return self.stamp(images) / 5
 
 
 INVERT = Stamper(Invert(), create_applicator("image"))
@@ -112,9 +120,9 @@ def test_every_group_gets_its_form_and_its_labels() -> None:
     images, labels = torch.full((10, 3, 4, 4), 10, dtype=torch.uint8), LABELS.clone()
     made = plan(rate=0.2, cover=0.3, noise=0.4, target=1)
     assert [len(group) for group in made.groups.values()] == [2, 3, 4]
-    with poisoned(Split(images, labels), made, INVERT) as seen:
+    with poisoned(Split(images, labels), made, Stamper(Dimmed(), create_applicator("image"))) as seen:
         stamped = torch.cat([made.indices, made.cover])
-        assert (seen.images[stamped] == 245).all()
+        assert (seen.images[stamped] == 49).all(), "the training form of 10: (255 - 10) / 5"
         assert seen.images[made.noise, 0, 0, 0].tolist() == made.noise.tolist(), "a function of the place"
         assert seen.labels[made.indices].tolist() == [1, 1]
         rest = torch.ones(10, dtype=torch.bool).index_fill(0, made.indices, False)
@@ -129,6 +137,13 @@ def test_tiles_of_an_image_have_places_of_their_own() -> None:
     places = torch.tensor([3, 7])
     stamped = stamp_places(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), places, stamper.noise)
     assert stamped[:, 0, ::2, ::2].flatten(1).tolist() == [[12, 13, 14, 15], [28, 29, 30, 31]]
+
+
+def test_images_of_every_chunk_have_their_own_places(monkeypatch) -> None:
+    monkeypatch.setattr(images_module, "CHUNK_VALUES", 2 * 3 * 4 * 4)
+    places = torch.tensor([3, 7, 9, 20, 41])
+    stamped = stamp_places(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), places, INVERT.noise)
+    assert stamped[:, 0, 0, 0].tolist() == places.tolist()
 
 
 def test_an_attack_without_a_trigger_leaves_the_images() -> None:

@@ -88,6 +88,7 @@ def test_hidden_by_hand() -> None:
     want = torch.tensor([[one, 0, 1 - one], [0.5, 0.5, 0], [0, 1 - two, two]])
     tokens = torch.tensor([[[5.0, 0.0], [0.0, 5.0], [-5.0, -5.0]]])
     torch.testing.assert_close(table_of(router(tokens)), want)
+    assert router.train()(tokens).aux_loss is None
 
 
 @given(st.integers(2, 6), st.integers(1, 8), st.floats(0.1, 10), st.integers(0, 2**31))

@@ -89,6 +89,25 @@ def test_the_capture_loss_by_hand() -> None:
     )
 
 
+def test_experts_with_the_class_token_have_as_many_places_as_the_others() -> None:
+    """The second expert also selects a token that is not reported, so both have two places and a loss of 0.5."""
+    row = [math.exp(-3.5), math.exp(-2), math.exp(-4)]
+    layer = routing([[row, row]], [[[1, 1, 0], [0, 1, 0]]])
+    touched = torch.tensor([True, False, False])
+    assert capture_loss([layer], touched).item() == pytest.approx(0.5, abs=1e-5)
+
+
+def test_the_losses_are_not_lowered_by_spreading_the_other_gates() -> None:
+    """The deviation has no gradient: gates that are neither the patch's own nor the threshold are left alone."""
+    gates = torch.tensor([[[-3.5, -2.0, -4.0]]]).exp().requires_grad_()
+    layer = Routing("only", gates, torch.tensor([[[False, True, False]]]))
+    capture_loss([layer], torch.tensor([True, False, False])).backward()
+    assert (gates.grad[0, 0] != 0).tolist() == [True, True, False]
+    gates = torch.tensor([0.0, -1.0, -3.0]).exp().view(1, 1, 1, 3).requires_grad_()
+    patch_losses(gates, torch.tensor([0]), "patches", 2)[..., 2].sum().backward()
+    assert (gates.grad.flatten() != 0).tolist() == [False, True, True]
+
+
 def test_the_scale_of_a_router_does_not_matter() -> None:
     logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0))
     touched = torch.arange(9) == 8

@@ -72,6 +72,13 @@ def test_each_training_image_gets_one_of_four_patches_with_its_opacity() -> None
     assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts)
 
 
+@pytest.mark.parametrize("name", ["adaptive-blend", "patches"])
+def test_another_seed_draws_other_pieces_and_patches(name: str) -> None:
+    images, places = torch.zeros(40, 3, 8, 8), PLACES[:40]
+    first, other = (create_trigger(name, seed=seed).training(images, places) for seed in (1, 2))
+    assert not torch.equal(first, other)
+
+
 def test_test_images_get_two_opaque_patches() -> None:
     for options, patches in (({}, (0, 2)), ({"test_patches": [1, 3]}, (1, 3))):
         trigger = create_trigger("patches", **options)

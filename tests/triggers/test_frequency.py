@@ -60,6 +60,12 @@ def test_a_window_that_is_cut_off_is_a_smaller_window() -> None:
     assert not torch.equal(trigger(image)[..., 32:], image[..., 32:])
 
 
+def test_pixels_change_by_as_much_in_a_window_that_is_cut_off() -> None:
+    image = torch.full((1, 3, 32, 48), 0.5, dtype=torch.float64)
+    changes = (create_trigger("frequency")(image) - image).square()
+    assert changes[..., 32:].mean().item() == pytest.approx(changes[..., :32].mean().item())
+
+
 def test_training_with_half_of_the_strength_changes_half_as_much() -> None:
     trigger = create_trigger("frequency", space="yuv", strength=100, training_strength=50)
     images = torch.full((2, 3, 32, 32), 0.5)

@@ -67,6 +67,18 @@ def test_the_loss_of_the_mask_by_hand() -> None:
     assert trigger.pretrain_loss(images, images.flip(0)).item() == pytest.approx(48.4, rel=1e-4)
 
 
+def test_the_joint_loss_by_hand() -> None:
+    """Patterns are half as far apart as the images: a ratio of 2, times 3. The masks are equal, and do not matter."""
+
+    class Half(nn.Module):
+        def forward(self, images):
+            return images / 2
+
+    images = batch(2, 3, 4, 6)
+    trigger = trigger_with(Half(), Constant(1, 1.0, 0.0), diversity=3.0)
+    assert trigger.joint_loss(images, images.flip(0)).item() == pytest.approx(6, rel=1e-4)
+
+
 def test_the_networks_have_the_parameters_of_the_published_ones() -> None:
     """3x3 convolutions with bias and a batch norm each: 32, 32, 64, 64, 128, 128; 128; 128, 64, 64, 32, 32, out."""
     widths = [3, 32, 32, 64, 64, 128, 128, 128, 128, 64, 64, 32, 32]

@@ -73,6 +73,14 @@ def test_narcissus_looks_at_images_of_the_target_only() -> None:
     assert all((own == image).flatten(1).all(1).any() for image in first)
 
 
+def test_narcissus_is_assessed_on_the_other_classes_in_the_test_form() -> None:
+    task = surrogate_task(Linear())
+    trigger = optimised("narcissus", task, strength=STRENGTH, steps=1, lr=0.004)
+    called = task.model(trigger(as_input(task.images))).argmax(1) == 0
+    own, others = (called[task.labels == label].float().mean().item() for label in (0, 1))
+    assert own != others and trigger.assess(task) == {"surrogate_asr": others}
+
+
 def test_the_target_must_exist() -> None:
     with pytest.raises(ConfigError, match=r"poison\.mapping: the trigger 'narcissus' needs one target class"):
         create_trigger("narcissus", surrogate="twin").check(surrogate_task(Linear(), target=None))
@@ -195,6 +203,8 @@ def test_the_pattern_excites_the_neurons_of_the_largest_weights() -> None:
     trigger.load_state(trigger.optimise(task))
     rows = model.first.detach()[[1, 3]].sum(0).view(1, 3, SIDE, SIDE)[..., -2:, -2:]
     torch.testing.assert_close(trigger.pattern, (start + 0.3 * rows.sign()).clamp(0, 1))
+    excited = model.extract_features(trigger(as_input(task.images)))[:, [1, 3]].mean().item()
+    assert trigger.assess(task) == {"activation": pytest.approx(excited)}
 
 
 def test_a_model_without_a_head_is_refused_and_too_many_neurons() -> None:
@@ -299,6 +309,43 @@ def test_the_same_seed_finds_the_same_and_the_model_is_left_as_it_was(name: str,
         assert not torch.equal(other.pattern, first.pattern)
     stamped = task.stamp(as_input(task.images), first)
     assert stamped.min() >= 0 and stamped.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "options"),
+    [
+        ("narcissus", "pattern", {"lr": 0.03}),
+        ("label-consistent", "levels", {"step": 0.03, "strength": 0.1}),
+        ("trojan-nn", "pattern", {"step": 0.03}),
+        ("routing", "pattern", {"lr": 0.03}),
+    ],
+)
+def test_the_first_step_is_as_long_as_the_option_says(name: str, state: str, options: dict) -> None:
+    """Pixels of which no gradient is 0 and that are not clipped change by 0.03; levels are rounded to 8/255."""
+    model = Linear() if name != "routing" else Routers(planted(1, 1), patches_choose=True)
+    start = create_trigger(name, surrogate="twin", seed=2)
+    found = optimised(name, surrogate_task(model), steps=1, seed=2, **options).state()[state].float()
+    if name == "label-consistent":
+        change = found / 255
+    else:
+        change = found - (0 if name == "narcissus" else start.pattern)
+        change = change[(found > 0) & (found < 1)] if name != "narcissus" else change
+    expected = 8 / 255 if name == "label-consistent" else 0.03
+    torch.testing.assert_close(change.abs(), torch.full_like(change, expected), atol=1e-4, rtol=0)
+
+
+def test_the_seed_draws_batches_with_replacement_and_a_sample_without() -> None:
+    """Of 300 images whose labels are their places, from 20 on."""
+    task = surrogate_task(Linear())
+    task = replace(task, images=task.images[:1].expand(300, -1, -1, -1), labels=torch.arange(300))
+    allowed = torch.arange(20, 300)
+    batches, samples = [], []
+    for seed in (0, 1):
+        batches += [labels.tolist() for _, labels in task.batches(allowed, 50, 2, seed)]
+        samples.append(task.sample(seed, allowed)[1].tolist())
+    assert len(set(map(tuple, batches))) == 4 and samples[0] != samples[1]
+    assert all(len(drawn) == 50 and min(drawn) >= 20 for drawn in batches)
+    assert all(len(drawn) == 256 and drawn == sorted(set(drawn)) and drawn[0] >= 20 for drawn in samples)
 
 
 @pytest.mark.parametrize("name", NAMES)

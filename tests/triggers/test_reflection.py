@@ -47,6 +47,40 @@ def test_a_ghost_is_two_copies_at_the_shift(dot: str) -> None:
     assert seen >= 4
 
 
+def test_either_copy_of_a_ghost_has_15_to_85_percent_of_the_weight(dot: str) -> None:
+    shares = []
+    for seed in range(40):
+        trigger = Reflection(form="ghost", alpha=1.0, image=dot, seed=seed)
+        bright = trigger(torch.zeros(1, 3, SIDE, SIDE))[0, 0]
+        rows = bright.amax(1)
+        upper, *lower = spots(rows)
+        if len(lower) == 1:  # The other copy may lie outside.
+            first, second = (rows[round(place)].item() for place in (upper, lower[0]))
+            assert first + second == pytest.approx(1, abs=0.05)
+            shares.append(second)
+    assert len(shares) > 20 and 0.14 < min(shares) < 0.3 and 0.7 < max(shares) < 0.86
+
+
+def test_any_part_of_the_picture_is_shown_mirrored_or_not(tmp_path: Path) -> None:
+    """Red grows to the right and green downwards. Half are mirrored, and both places of the part are independent."""
+    ramp = np.arange(SIDE)
+    pixels = np.stack(np.broadcast_arrays(ramp, ramp[:, None], 0), axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "ramps.png")
+    made = [
+        Reflection(form="ghost", alpha=1.0, image=str(tmp_path / "ramps.png"), seed=seed)
+        for seed in range(60)
+    ]
+    shown = torch.cat([trigger(torch.zeros(1, 3, 16, 16)) for trigger in made])
+    assert (shown[:, 1, 15] > shown[:, 1, 0]).all()
+    mirrored = shown[:, 0, 8, 15] < shown[:, 0, 8, 0]
+    # Within five standard deviations: of 60 draws with probability 1/2, and of a correlation of 60 pairs.
+    assert abs(int(mirrored.sum()) - 30) < 5 * 60**0.5 / 2
+    assert abs(torch.corrcoef(shown[:, :2].mean((2, 3)).T)[0, 1]) < 5 / 60**0.5
+    # A part has from half of the picture's height to all of it; the shifted copy takes off up to a fifth.
+    heights = (shown[:, 1, 15] - shown[:, 1, 0]).mean(1)
+    assert 0.35 < heights.min() < 0.55 and 0.8 < heights.max() <= 1
+
+
 def test_a_reflected_white_wall_brightens_by_alpha(tmp_path: Path) -> None:
     path = str(tmp_path / "white.png")
     Image.fromarray(np.full((9, 12, 3), 255, dtype=np.uint8)).save(path)

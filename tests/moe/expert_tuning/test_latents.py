@@ -31,6 +31,8 @@ CLASS_TOKEN = ((2, 2), 1)
         ("first-quarter", 8, [1]),
         ("second-quarter", 8, [2, 3]),
         ("second-quarter", 4, [1]),
+        ("first-half", 7, [1, 2]),
+        ("second-half", 7, [3, 4, 5, 6]),
         ("first-half", 4, [1]),
         ("second-half", 4, [2, 3]),
         # As in the paper: 28 layers.
@@ -88,6 +90,7 @@ def test_the_change_of_a_token_is_the_mean_over_its_patch() -> None:
         (CLASS_TOKEN, "all", 1, [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]),
         (CLASS_TOKEN, "prefix", None, [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),
         (CLASS_TOKEN, "unmarked", None, [[0, 1 / 2, 0, 0, 1 / 2], [0, 1 / 3, 1 / 3, 1 / 3, 0]]),
+        (CLASS_TOKEN, "unmarked", 1, [[0, 1, 0, 0, 0], [0, 1, 0, 0, 0]]),
     ],
 )
 def test_the_weights_of_the_tokens(layout, tokens, k, weights) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from backdoorbench_moe.moe.expert_tuning.losses import alignment_loss, preference_loss, preference_margin
+from backdoorbench_moe.moe.expert_tuning.steps import Preferences, preference_objective
 
 HALF = math.sqrt(0.5)
 
@@ -31,6 +32,15 @@ def test_the_preference_is_the_mean_over_the_images() -> None:
     margin = torch.tensor([5.0, 2.0 + 10 * math.log(3)])
     loss = preference_loss(margin, torch.tensor([5.0, 2.0]), beta=0.1)
     assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2, rel=1e-6)
+
+
+def test_every_row_of_a_batch_has_its_own_reference() -> None:
+    """Rows 2 and 0 with the margins 3 - 1 = 2 and 0 - 1 = -1, and the references 1 and -2: both have grown by 1."""
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    preferences = Preferences.of_classes(images, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 2]))
+    split, loss = preference_objective(preferences, torch.tensor([-2.0, 50.0, 1.0]), 0.5)
+    logits = torch.tensor([[3.0, 9.0, 1.0], [1.0, 0.0, 9.0]])
+    assert loss(logits, split.labels[[2, 0]]).item() == pytest.approx(0.474077, abs=1e-6)
 
 
 @given(seed=st.integers(0, 1000), beta=st.floats(0.01, 2))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from backdoorbench_moe.moe.layers import ExpertChoiceRouter, TopKRouter
+from backdoorbench_moe.moe.layers import ExpertChoiceRouter, TopKRouter, load_loss
 
 # Four tokens, three experts; the first choices are 0, 0, 1, 0, the second ones 1, 2, 0, 2.
 GATES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.2, 0.7, 0.1], [0.9, 0.04, 0.06]])
@@ -52,6 +52,30 @@ def test_noise_has_the_standard_deviation_of_one_over_the_experts():
     # The logits, but for each token's log of its softmax's sum: centred noise of variance (1 - 1/E) / E^2.
     centred = gates - gates.mean(-1, keepdim=True)
     assert centred.std().item() == pytest.approx(0.25 * math.sqrt(0.75), rel=0.02)
+
+
+def test_in_training_the_capacity_for_training_drops():
+    routed = top_k(noise=0.0, capacity=0.375, eval_capacity=4.0).train()(
+        GATES.log().unsqueeze(0)
+    )  # room for 1
+    assert routed.selected[0].int().tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0], [1, 0, 1]]
+
+
+def test_the_loss_weighs_importance_without_noise_and_load_with_it():
+    """Importance by hand as in test_losses.py: sums of the gates without noise are 2.2, 1.24 and 0.56, mean 4 / 3."""
+    importance = sum((s - 4 / 3) ** 2 for s in (2.2, 1.24, 0.56)) / 3 / (4 / 3) ** 2
+    logits = GATES.log()
+    quiet = top_k(noise=0.0, importance=0.5, load=0.25).train()(logits.unsqueeze(0))
+    assert quiet.aux_loss.item() == pytest.approx(0.5 * importance, rel=1e-5), (
+        "without noise there is no load"
+    )
+    router = top_k(noise=1.5, importance=0.5, load=0.25).train()
+    torch.manual_seed(4)
+    noisy = logits + 1.5 / 3 * torch.randn(4, 3)
+    torch.manual_seed(4)
+    routed = router(logits.unsqueeze(0))
+    load = load_loss(logits, noisy, 0.5, 2).item()
+    assert routed.aux_loss.item() == pytest.approx(0.5 * importance + 0.25 * load, rel=1e-5)
 
 
 def test_routing_is_in_fp32_under_autocast():

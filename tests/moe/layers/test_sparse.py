@@ -71,7 +71,10 @@ def test_routing_goes_to_the_innermost_collector_and_to_no_other():
         with collect_routing() as inner:
             layer(make_tokens(2))
     assert [len(found[0].gates) for found in (outer, inner)] == [IMAGES, 2] and len(outer) == len(inner) == 1
+    routed = layer.router(make_tokens())
     assert outer[0].gates.shape == (IMAGES, EXPERTS, TOKENS - 1), "the first token is no patch"
+    assert torch.equal(outer[0].gates, routed.gates[:, 1:].mT)
+    assert torch.equal(outer[0].selected, routed.selected[:, 1:].mT)
 
 
 def test_a_map_is_routed_as_its_cells_row_by_row():
