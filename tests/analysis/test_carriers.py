@@ -12,7 +12,7 @@ from defense_tasks import used_model
 from routed_models import make_triggered, open_with_model
 
 from backdoorbench_moe.analysis import carriers
-from backdoorbench_moe.analysis.carriers import find_carriers
+from backdoorbench_moe.analysis.carriers import draw_sample, find_carriers
 from backdoorbench_moe.engine.inference import predict
 from backdoorbench_moe.engine.opening.opened_run import OpenedRun
 from backdoorbench_moe.moe.experts import mute
@@ -79,6 +79,24 @@ def test_the_samples_are_reproducible(monkeypatch) -> None:
     assert one == two and (one.whole.ba.n, one.whole.asr.n) == (25, 25)  # type: ignore[union-attr]
     monkeypatch.setattr(carriers, "MAX_PAIRS", 5)
     assert find_carriers(opened, None, 25).pairs == ()
+
+
+def test_a_sample_is_compared_with_its_own_labels_and_answers() -> None:
+    opened = open_pmoe()
+    triggered, test, model = make_triggered(opened), opened.images.test, opened.model
+    safe = triggered.true.roll(1)
+    found = find_carriers(opened, triggered, 25, safe=safe)
+    places, chosen = draw_sample(60, 25, 0, "ba"), draw_sample(40, 25, 0, "asr")
+    assert len(set(chosen.tolist())) == 25 and chosen.tolist() != list(range(25))
+    called = predict(model, test.images[places], precision="fp32")
+    answered = predict(model, triggered.images[chosen], precision="fp32")
+    clean = predict(model, test.images[triggered.places[chosen]], precision="fp32")
+    whole = found.whole
+    assert whole.asr is not None and whole.unsafe is not None and found.target_rate is not None
+    assert whole.ba.value == percent(called == test.labels[places])
+    assert whole.asr.value == percent(answered == triggered.wanted[chosen])
+    assert whole.unsafe.value == percent(answered != safe[chosen])
+    assert found.target_rate.value == percent(clean == triggered.wanted[chosen])
 
 
 def test_single_experts_in_different_layers_are_no_pairs(monkeypatch) -> None:

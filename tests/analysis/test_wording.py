@@ -188,3 +188,39 @@ def test_the_expert_whose_muting_reduces_asr_most_is_named_only_if_one_does(sing
         ],
     }
     assert expected in finding_lines(document)
+
+
+def rate(value: float) -> dict[str, float]:
+    return {"value": value, "n": 100, "low": 0.0, "high": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("cad", "drop"), [(1.25, "1.25 percentage points below"), (-0.5, "0.50 percentage points above")]
+)
+def test_findings_of_a_document_by_hand(cad, drop) -> None:
+    """The layer that is named is the one whose capture is farthest from blind routing, to whichever side."""
+    metrics = {"ba": rate(95), "asr": rate(90), "target_rate": rate(2), "cad": {"value": cad}}
+    run = {
+        "metrics": metrics,
+        "attacked": True,
+        "record": {"spec": {}, "data": {"name": "tiny"}, "near_chance": False},
+    }
+    capture = [
+        {"layer": "a", "captured": rate(60), "blind_captured": 40.0},
+        {"layer": "b", "captured": rate(10), "blind_captured": 70.0},
+    ]
+    shift = [{"changed": {"value": value, "low": None, "high": None}} for value in (0.1, 0.25)]
+    document = {
+        "run": run,
+        "against": None,
+        "capture": capture,
+        "shift": shift,
+        "carriers": None,
+        "pixels": None,
+    }
+    assert finding_lines(document) == [
+        "The backdoored model has BA 95.00% and ASR 90.00%; without the trigger it already predicts the target class "
+        f"for 2.00% of the same images; its clean accuracy is {drop} that of the clean twin.",
+        "In layer b, at least one expert receives a patch that the trigger changed in 10.0% of the triggered images, "
+        "compared with 70.0% under blind routing; the trigger replaces 25% of the selected patches.",
+    ]

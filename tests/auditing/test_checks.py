@@ -11,8 +11,8 @@ from planted_models import TARGET, planted_model, row_images
 from subjects import Rows, images, look, merged, small_pmoe
 from torch import Tensor, nn
 
-from backdoorbench_moe.auditing.check import NotTested
-from backdoorbench_moe.auditing.checks import CHECKS, find_checks, inversion
+from backdoorbench_moe.auditing.check import Measured, NotTested
+from backdoorbench_moe.auditing.checks import CHECKS, behaviour, find_checks, inversion
 from backdoorbench_moe.auditing.checks.behaviour import concentration
 from backdoorbench_moe.auditing.checks.inversion import InvertedImage, drawn, epochs, largest_rise, stamps
 from backdoorbench_moe.auditing.subject import make_subject
@@ -55,6 +55,25 @@ def test_the_search_fits_its_budget(monkeypatch) -> None:
     assert drawn(found["values"][0]).shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize(("size", "label"), [(0.5, 4), (60.0, 2)])
+def test_only_a_small_stamp_is_a_sign(monkeypatch, size, label) -> None:
+    """A class that needs a much larger stamp than the others is none; then the class of the smallest is named."""
+    sizes = torch.tensor([5.0, 5.2, 4.9, 5.1, size, 5.05], dtype=torch.float64)
+    found = {"values": torch.zeros(6, 4, 8, 8), "sizes": sizes, "success": torch.ones(6)}
+    monkeypatch.setattr(inversion, "stamps", lambda *_: found)
+    measured = look(Rows(), "inverted-image", images=row_images(30).images)
+    assert measured.details["class"] == label and (measured.score > 5) == (size < 1)
+    assert measured.score > 5 or measured.score == 0
+
+
+@pytest.mark.parametrize("scores", [{"image": 1.0, "patch": 3.0}, {"image": 3.0, "patch": 1.0}])
+def test_of_the_stamps_on_images_and_tiles_those_that_capture_more_count(monkeypatch, scores) -> None:
+    compare = lambda self, subject, images, applicator, by: Measured(scores[applicator], applicator)  # noqa: E731
+    monkeypatch.setattr(inversion.CapturedExpert, "_compare", compare)
+    found = look(Chosen([[0, 1, 2, 3]] * 6, 4), "captured-expert", images=row_images(30).images)
+    assert found.score == 3.0 == scores[found.reason]
+
+
 def test_with_few_classes_none_can_be_an_outlier() -> None:
     split = images()
     for name in ("inverted-image", "inverted-patch", "captured-expert"):
@@ -89,6 +108,12 @@ def test_what_brightened_images_become() -> None:
     split = images()
     found = look(Bright(), "scaled-images", images=split.images, labels=split.labels)
     assert found.details["class"] == 1 and found.score > 0.4
+    model, before = Bright(), Bright()(split.images / 255).argmax(1)
+    same = [
+        (model((split.images.int() * factor).clamp(max=255) / 255).argmax(1) == before).double().mean().item()
+        for factor in (3, 5, 7, 9, 11)
+    ]
+    assert found.details["agreement"] == pytest.approx(sum(same) / 5)
     darker = look(Bright(), "scaled-images", images=split.images // 12)
     assert darker.score < found.score
 
@@ -101,6 +126,27 @@ def test_norms_are_scaled_and_restored() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(NotTested, match="no norms"):
         look(Rows(), "scaled-norms", images=row_images(30).images)
+
+
+class TwoNorms(nn.Module):
+    """Class 1 wins where the second of two norms has more than its scale; the first one has no effect on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = self.first(images).mean((2, 3))
+        raised = self.last(torch.ones_like(images)).mean((2, 3))
+        return means + torch.tensor([0.0, 100.0, 0.0]) * (raised > 1.2)
+
+
+def test_the_norms_that_are_scaled_are_the_last_ones(monkeypatch) -> None:
+    """Of two norms, named in the other order, the one that is called last is scaled."""
+    monkeypatch.setattr(behaviour, "MODELS", 1)
+    split, model = images(), TwoNorms().eval()
+    found = look(model, "scaled-norms", images=split.images)
+    assert found.details["norms"] == [1] and found.details["class"] == 1 and found.score == 1.0
 
 
 class Chosen(RoutedModel):
@@ -191,6 +237,18 @@ def test_a_class_whose_features_are_of_two_kinds_is_named(name) -> None:
         look(Rows(), name, images=split.images)
     with pytest.raises(NotTested, match="classes have 5 images"):
         look(model, name, images=split.images[:24])
+
+
+def test_the_share_of_the_first_direction_is_that_of_squared_singular_values() -> None:
+    split, model = row_images(120), Featured()
+    found = look(model, "latent-spectrum", images=split.images).details["values"]
+    with torch.no_grad():
+        features = model.extract_features(split.images / 255)
+    predicted = model.classify(features).argmax(1)
+    for label in range(6):
+        own = features[predicted == label].double().numpy()
+        squares = np.linalg.svd(own - own.mean(0), compute_uv=False) ** 2
+        assert found[str(label)] == pytest.approx(squares[0] / squares.sum(), rel=1e-4)
 
 
 def test_tasks_that_gates_cannot_tell_apart_are_named() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from planted_models import TARGET, planted_model, row_images
+from scipy.stats import t
 from subjects import Rows, images, look, small_pmoe
+from torch import nn
 
 from backdoorbench_moe.auditing.check import NotTested
 from backdoorbench_moe.auditing.checks import margins
@@ -31,6 +34,63 @@ def test_the_largest_margin_of_a_linear_model_is_that_of_the_best_image() -> Non
     assert margins.tolist() == pytest.approx([24.0, 24.0, 72.0, 24.0, 24.0, 24.0])
     found = look(model, "largest-margin", image_size=8)
     assert found.details["class"] == 2 and found.score > 2 and "can win by 72" in found.reason
+
+
+class Pixel(nn.Module):
+    """Class 0 wins by eight times what the first pixel has above 0.5; below, nothing leads there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(8.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        own = self.factor * (images[:, :1, 0, 0] - 0.5).relu()
+        return torch.cat([own, torch.zeros(len(images), 3)], 1)
+
+
+def test_the_largest_margin_is_that_of_the_best_start() -> None:
+    """Of eight random starts, only those with a bright first pixel reach a white one."""
+    assert largest_margins(make_subject(Pixel(), image_size=8), 8).tolist() == pytest.approx([4.0, 0, 0, 0])
+
+
+class Opposed(nn.Module):
+    """A bright last pixel raises class 0 in images with a white first pixel, and lowers it in all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side = 2 * (images[:, 0, 0, 0] > 0.5).float() - 1
+        own = side * (self.factor * (images[:, 0, 7, 7] - 0.5) + 0.1)
+        return torch.stack([own, torch.zeros_like(own)], 1)
+
+
+def test_a_perturbation_is_sought_on_images_of_other_classes_only() -> None:
+    """Four of five images are of class 0 already: they would draw the perturbation in the opposite direction."""
+    given = torch.full((100, 3, 8, 8), 128, dtype=torch.uint8)
+    given[:, 0, 0, 0] = 255 * (torch.arange(100) % 5 > 0)
+    subject = make_subject(Opposed(), images=given)
+    assert subject.predicted.tolist() == [int(n % 5 == 0) for n in range(100)]
+    patterns, found = margins._perturb(subject, given / 255, subject.predicted, torch.tensor([0]), None)
+    assert patterns[0, 0, 7, 7].item() == pytest.approx(-STRENGTH)
+    # 128 is 0.002 above 0.5.
+    assert found.item() == pytest.approx(10 * STRENGTH - 0.1 - 10 * (128 / 255 - 0.5), abs=1e-4)
+
+
+@pytest.mark.parametrize(("odd", "label"), [(9.0, 2), (-9.0, 1)])
+def test_the_surprise_of_a_large_margin_is_that_of_a_t_test_of_all_classes(monkeypatch, odd, label) -> None:
+    """One-sided, times the number of classes; a class that wins by far less than the others is no sign."""
+    values = torch.tensor([1.0, 1.1, odd, 0.9, 1.05, 1.0])
+    monkeypatch.setattr(
+        margins, "_perturb", lambda *given: (torch.zeros(len(given[3]), 3, 8, 8), values[given[3]])
+    )
+    found = look(Rows(), "universal-image", images=row_images(60).images)
+    others = np.delete(values.double().numpy(), label)
+    statistic = (float(values[label]) - others.mean()) / (others.std(ddof=1) * (1 + 1 / 5) ** 0.5)
+    assert found.details["class"] == label
+    assert found.score == pytest.approx(max(0.0, -np.log10(6 * t.sf(statistic, 4))), rel=1e-4)
+    assert (found.score > 2) == (odd > 0)
 
 
 def test_a_model_of_equal_classes_has_no_standout() -> None:

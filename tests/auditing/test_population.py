@@ -101,6 +101,12 @@ def test_attacks_that_failed_are_left_out_and_named() -> None:
     assert document["checks"] == calibrate(members, commit=None, date="2026-01-01")["checks"]
 
 
+def test_an_attack_works_from_half_of_the_images() -> None:
+    members = [Member(str(asr), "signs", "pmoe", "square image", asr, 1, {}) for asr in (49.9, 50.0, None)]
+    clean = Member("clean", "signs", "pmoe", "", None, 1, {})
+    assert [each.name for each in working([*members, clean])] == ["50.0", "clean"]
+
+
 def test_thresholds_are_measured_on_another_data_set() -> None:
     known = set_thresholds(population(), 0.05)
     low, high = known["good/1"].value - 1, known["good/1"].value + 1
@@ -125,6 +131,9 @@ def test_errors_by_hand() -> None:
     # Of eight pairs, 2.0 wins four, 0.2 wins one and half of another.
     assert found["auroc"]["value"] == pytest.approx(100 * 5.5 / 8)
     assert found["false_alarms"]["value"] == 25 and found["detected"]["value"] == 50
+    # A score that equals the threshold is no sign (see `judge`).
+    equal = measure_errors([1.0], [1.0], 1.0)
+    assert equal["false_alarms"]["value"] == equal["detected"]["value"] == 0
     assert (
         measure_errors([], [2.0], 1.0)["auroc"] is None and measure_errors([1.0], [], 1.0)["detected"] is None
     )
@@ -137,6 +146,7 @@ def test_the_strength_is_that_of_the_verdict() -> None:
         "x", "signs", "pmoe", "", None, 1, {"good/1": good.value, "bad/1": thresholds["bad/1"].centre}
     )
     assert strength(member, thresholds) == pytest.approx(1.0)
+    assert [each["signs"] for each in measure([member], thresholds)["groups"]] == [0]
     assert strength(member, thresholds, without="good/1") is None
     loud = Member("x", "signs", "pmoe", "", None, 1, {"good/1": good.centre, "bad/1": 1000.0})
     assert strength(loud, thresholds) == pytest.approx(0.0)  # "bad/1" does not judge.

@@ -12,7 +12,11 @@ from subjects import EXPERTS, Rows, images, look, merged, small_pmoe
 from torch import nn
 
 from backdoorbench_moe.auditing.check import NotTested
+from backdoorbench_moe.auditing.checks.weights import distances, largest_singular, stable_rank
+from backdoorbench_moe.models import create_model
 from backdoorbench_moe.moe.experts import copy_expert
+from backdoorbench_moe.ops.seeding import seeded
+from backdoorbench_moe.testing.making import settle
 
 SIBLING_CHECKS = ("gate-rows", "expert-norms", "expert-spectra")
 
@@ -114,6 +118,27 @@ def test_an_expert_far_from_the_base_is_flagged() -> None:
     assert look(mixture, "expert-distance", base=before.state_dict()).details["expert"].endswith("/4")
 
 
+def test_spectra_by_hand() -> None:
+    """The singular values 3 and 4: the stable rank is (9 + 16) / 16."""
+    matrix = torch.tensor([[0.0, 3.0], [4.0, 0.0]], dtype=torch.float64)
+    assert largest_singular(matrix) == pytest.approx(4) and stable_rank(matrix) == pytest.approx(25 / 16)
+    assert stable_rank(torch.zeros(2, 2)) == 0
+
+
+def test_distances_are_relative_to_the_base() -> None:
+    """An expert whose base is three times as large is 2/3 of it away; one whose base is 0, by its own norm."""
+    mixture, _ = merged()
+    base = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    for expert in mixture.experts():
+        for name, (start, stop) in expert.own.items():
+            base[name][start:stop] *= {1: 3, 2: 0}.get(expert.index, 1)
+    for place, by_expert in distances(mixture, base).items():
+        assert "weight matrix" in place
+        found = {int(name.rpartition("/")[2]): value for name, value in by_expert.items()}
+        assert found[1] == pytest.approx(2 / 3) and found[0] == found[3] == 0
+        assert found[2] > 0 and found[2] != pytest.approx(1)
+
+
 def test_a_base_of_another_architecture_is_said() -> None:
     mixture, _ = merged()
     with pytest.raises(NotTested, match="another architecture"):
@@ -140,6 +165,17 @@ def test_a_planted_channel_is_named() -> None:
         look(Rows(), "channel-norms")
     with pytest.raises(NotTested, match="no channels"):
         look(Rows(), "channel-norms", image_size=8)
+
+
+def test_a_planted_channel_of_an_expert_has_its_number_in_the_layer() -> None:
+    with seeded(0, "init"):
+        model = settle(
+            create_model("pmoe", num_classes=3, widen_factor=1, moe_channels=8, expert_channels=24)
+        )
+    with torch.no_grad():
+        model.moe.conv.weight[2 * 24 + 7] *= 500
+    found = look(model, "channel-norms", image_size=32)
+    assert found.details["channel"] == 55 and "channel 55 of norm of moe/2 can amplify" in found.reason
 
 
 def test_a_class_with_larger_weights_is_named_and_smaller_ones_are_not() -> None:

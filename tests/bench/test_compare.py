@@ -262,6 +262,22 @@ def test_clean_cells_of_results_folders_are_compared(tmp_path) -> None:
     assert clean == {"top-k": pytest.approx(1), "soft": pytest.approx(1), "hidden": None}
 
 
+@pytest.mark.parametrize(("seeds", "cell_seeds"), [((1, 2), [1, 2]), ((0, 2), [0, 1, 2])])
+def test_a_results_folder_has_the_seeds_of_its_records(tmp_path, seeds, cell_seeds) -> None:
+    """Two of three seeds are finished; a seed between them is missing."""
+    suite = part_suite(repeats=3, plots=[])
+    for spec in suite.cells[0].runs(3):
+        if spec.seed in seeds:
+            write(tmp_path / "runs", finished(spec, asr=4500 + 90 * spec.seed))
+    save_results(ResultSet.from_runs(suite, tmp_path / "runs"), tmp_path / "results")
+    results = read_folder(tmp_path / "results")
+    [cell] = results.suite.cells
+    assert [spec.seed for spec in cell.runs(results.suite.repeats)] == cell_seeds
+    found = results.statistic(cell, "asr")
+    assert found is not None and found.seeds == seeds
+    assert found.values == pytest.approx([50.0 + seed for seed in seeds])
+
+
 def test_twins_that_are_no_cells_are_not_compared(tmp_path) -> None:
     suite = mixture_suite(grid=GRID[1])
     for spec in suite.nodes:

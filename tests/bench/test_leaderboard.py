@@ -23,6 +23,7 @@ from backdoorbench_moe.bench.suites.suite import Suite
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import interval_of
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.ops.intervals import seeds_interval
 from backdoorbench_moe.ops.metrics import proportion
 from backdoorbench_moe.records import Record
 
@@ -176,6 +177,21 @@ def test_false_alarms_by_hand(board) -> None:
     assert samples.rate.mean == 12.5 and (samples.judged, samples.alarmed) == (96, None)
     assert (model.rate.mean, model.judged, model.alarmed, model.seeds, model.wanted) == (100.0, 1, 1, 1, 2)
     assert found["fine-pruning", ""].state == "missing" and found["fine-pruning", ""].rate is None
+
+
+def test_rejected_inputs_are_counted_exactly_and_the_smallest_test_set_limits_the_interval(tmp_path) -> None:
+    """In floating point, 9,000 times 13 / 9,000 in percent is a little less than 13."""
+    clean, counts = suite("clean", 3, grid=CLEAN), ((13, 9000), (26, 9000), (40, 8000))
+    for spec, (hits, of) in zip(clean.cells[0].runs(3), counts, strict=True):
+        record = finished(spec)
+        record.metrics["fpr"] = asdict(proportion(hits, of))
+        record.judgements = [judged("input", [])]
+        write(tmp_path, record)
+    [found] = [row for row in false_alarms(open_board([clean], runs=tmp_path)) if row.about == "input"]
+    shares = [100 * hits / of for hits, of in counts]
+    assert found.judged == 8000 and found.rate is not None
+    assert found.rate.mean == pytest.approx(sum(shares) / 3, rel=1e-9)
+    assert found.rate.interval == seeds_interval(shares, 8000)
 
 
 class Outline(HTMLParser):

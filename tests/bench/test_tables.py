@@ -17,9 +17,12 @@ from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.tables import render
 from backdoorbench_moe.bench.tables.layout import build_sheet, count_runs, label
 from backdoorbench_moe.bench.tables.results import ResultSet
+from backdoorbench_moe.bench.tables.statistic import Sample
 from backdoorbench_moe.bench.tables.tidy import tidy_csv
 from backdoorbench_moe.engine.graph import clean_twin
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.metrics import METRICS
+from backdoorbench_moe.ops.intervals import seeds_interval
 from backdoorbench_moe.records import Record, RunFolder
 
 
@@ -183,6 +186,12 @@ def test_a_published_value_is_known_to_half_its_last_digit(tmp_path) -> None:
     assert inside == {
         "100.0": True, "100": True, "99.9": False, "99.90": False, "99.96": True, "99": False
     }  # fmt: skip
+
+
+def test_a_ratio_that_may_exceed_100_percent_has_no_interval_of_a_share() -> None:
+    sample = Sample((99.0, 100.0, 100.0), 9000)
+    assert sample.interval(METRICS["overall"]) is None
+    assert sample.interval(METRICS["asr"]) == seeds_interval(sample.values, 9000)
 
 
 def test_places_the_grid_has_not_are_dashes(tmp_path) -> None:

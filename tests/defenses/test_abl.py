@@ -132,6 +132,14 @@ def test_the_images_of_all_three_trainings_are_augmented_as_the_recipe_says(done
     assert [objective is None if augment is None else augment for augment, objective in said] == [True] * 3
 
 
+def test_of_a_last_batch_of_one_isolated_image_the_least_suspicious_image_is_not_unlearned(done) -> None:
+    """13 images in batches of 12: the twelve that are learned best, and image 0, which has the highest loss of them."""
+    task, tune, _, places, _ = done
+    task = replace(task, train=replace(task.train, batch_size=12))
+    create_defense("abl", **{**SMALL, "ratio": 0.28})(task)
+    assert {places[tuple(row)] for row in tune.calls[-1]["images"]} == set(range(36, 48))
+
+
 def test_without_epochs_it_trains_as_long_as_the_run(done) -> None:
     task, tune, *_ = done
     task = replace(task, train=replace(task.train, epochs=39))

@@ -111,6 +111,9 @@ def test_channels_are_compared_within_their_expert() -> None:
     )  # Of eight channels, one cannot be further than 2.47 deviations from the mean.
     assert found.judgements[0].details["pruned"]["moe.norm"] == [17]
     assert found.judgements[1].about == "expert" and "moe/2" in found.judgements[1].suspicious
+    for name, score in found.judgements[1].scores.items():
+        own = [found.judgements[0].scores[f"{norm} of {name}"] for norm in ("moe.norm", "norm")]
+        assert score == max(own) > min(own), "the highest of both norms that an expert has channels in"
     alike = bnp(planted(), u=2.0, experts=False)
     assert 17 not in alike.judgements[0].details["pruned"].get("moe.norm", []) and len(alike.judgements) == 1
 

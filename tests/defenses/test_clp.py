@@ -12,6 +12,7 @@ from torch import nn
 
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.clp import channel_bounds, spectral_norms
+from backdoorbench_moe.defenses.outlying import Group
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
 
@@ -29,8 +30,10 @@ def numpy_bound(conv: nn.Module, norm: nn.BatchNorm2d, channel: int) -> float:
 
 def test_bounds_agree_with_numpy() -> None:
     model = used_model()
-    bounds = channel_bounds(model, 32)
     block = model.trunk.block1
+    with torch.no_grad():
+        block.norm2.weight[::2] *= -1  # The bound does not depend on the sign of a scale.
+    bounds = channel_bounds(model, 32)
     expected = [numpy_bound(block.conv1, block.norm2, c) for c in range(16)]
     np.testing.assert_allclose(bounds["trunk.block1.norm2"].numpy(), expected, rtol=1e-5)
     expected = [numpy_bound(model.moe.conv, model.norm, c) for c in range(20)]
@@ -131,6 +134,26 @@ def test_a_long_row_of_the_gates_is_pruned() -> None:
     with torch.no_grad():
         other.moe.router.weight[2] *= 100
     assert len(clp(other, experts=False).judgements) == 1 and (other.moe.router.weight != 0).all()
+
+
+def test_a_short_row_of_the_gates_is_not_pruned() -> None:
+    """It is as far from the others as a long one, but a short row cannot amplify anything."""
+    model = used_model()
+    with torch.no_grad():
+        lengths = torch.tensor([1.0, 1.01, 0.01, 0.99]).unsqueeze(1)
+        model.moe.router.weight.copy_(nn.functional.normalize(model.moe.router.weight, dim=1) * lengths)
+    found = clp(model).judgements[1]
+    assert found.scores["moe/2"] < -3 and found.suspicious == []
+    assert (model.moe.router.weight != 0).any(1).all()
+
+
+def test_of_a_group_only_channels_above_the_mean_are_outliers() -> None:
+    """One of nine values differs: it is 8 / 3 standard deviations from the mean."""
+    for value, far, most in ((10.0, [13], 8 / 3), (0.0, [], 1 / 3)):
+        scores = torch.full((9,), 5.0)
+        scores[5] = value
+        group = Group("norm", "moe/1", 8, scores)
+        assert group.far(2.5) == far and group.most() == pytest.approx(most)
 
 
 def test_hidden_units_of_experts_of_a_mixture() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,32 @@ def test_several_are_dropped_one_after_the_other_as_by_hand() -> None:
     assert result.judgements[0].suspicious == [f"moe/{e}" for e in gone]
     assert result.judgements[0].details["accuracy"][-1] == pytest.approx(accuracy(model, clean))
     assert len(result.judgements[0].scores) == 4
+
+
+def silent(model: nn.Module) -> frozenset[str]:
+    """The names of the experts that are muted."""
+    state = model.state_dict()
+    return frozenset(
+        expert.name
+        for expert in model.experts()
+        if not any(state[name][start:stop].any() for name, (start, stop) in expert.output.items())
+    )
+
+
+def test_the_second_is_chosen_by_the_accuracy_without_the_first() -> None:
+    """Alone, expert 1 is missed less than 2 and 3; but together with expert 0, which goes first, most of all."""
+    right = {"": 100, "0": 90, "1": 80, "2": 70, "3": 60, "01": 10, "02": 50, "03": 40}
+
+    def answers(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        gone = "".join(sorted(name.removeprefix("moe/") for name in silent(model)))
+        return torch.eye(2)[(torch.arange(len(images)) >= right[gone]).long()]
+
+    task, _ = make_task(
+        used_model(), clean=Split(torch.zeros(100, 3, 32, 32).byte(), torch.zeros(100).long())
+    )
+    [judgement] = create_defense("expert-drop", count=2)(replace(task, logits=answers)).judgements
+    assert judgement.suspicious == ["moe/0", "moe/2"] and judgement.details["accuracy"] == [90, 50]
+    assert judgement.scores == {"moe/0": 90, "moe/1": 80, "moe/2": 70, "moe/3": 60}
 
 
 def test_only_what_leaves_the_expert_is_set_to_zero() -> None:

@@ -16,6 +16,7 @@ from backdoorbench_moe.data.base import Split
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.base import DefenseTask
 from backdoorbench_moe.defenses.ibd_psc import norms_in_order, scaled
+from backdoorbench_moe.defenses.routing_load import variation
 from backdoorbench_moe.defenses.scale_up import class_moments, multiply
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.routed import Routing
@@ -71,6 +72,17 @@ def test_scores_are_normalised_by_the_class_that_is_predicted() -> None:
     options = {"normalise": True, "reserve": 4, "threshold": 0.5}
     judge = create_defense("scale-up", **options)(task).filter.judge
     assert judge(grey(1, 2)).tolist() == [0.0, 0.0], "all clean images have the score 1, and so have these"
+
+
+def test_the_deviation_that_divides_a_score_is_that_of_the_predicted_class() -> None:
+    """With factors 3 and 5, the clean scores of class 1 are 1 and 1/2, and those of class 0 are 1, 0 and 1/2."""
+    classes = {10: 1, 12: 1, 30: 1, 36: 1, 50: 1, 120: 2, 200: 2, 205: 2}
+    clean = Split(grey(10, 12, 1, 40, 41), torch.zeros(5).long())
+    options = {"factors": (3, 5), "normalise": True, "reserve": 5, "threshold": 0.5}
+    task = answering(make_task(used_model(), clean=clean)[0], classes)
+    judge = create_defense("scale-up", **options)(task).filter.judge
+    expected = [(1 - 0.75) / (0.5 * math.sqrt(0.5)), (0 - 0.5) / 0.5]
+    assert judge(grey(10, 40)).tolist() == pytest.approx(expected)
 
 
 def test_the_threshold_is_calibrated_or_fixed() -> None:
@@ -142,6 +154,10 @@ def test_the_first_number_of_norms_is_the_smallest_that_breaks_the_clean_task() 
     assert defense._choose(replace(task, logits=answers), norms, task.clean) == [3, 4]
     right = lambda _, images: nn.functional.one_hot(task.clean.labels[: len(images)], 3).float()  # noqa: E731
     assert defense._choose(replace(task, logits=right), norms, task.clean) == [6, 7]
+    never = create_defense("ibd-psc", models=2, reserve=24, error=1.0)
+    assert never._choose(replace(task, logits=answers), norms, task.clean) == [6, 7], (
+        "no more than all are wrong"
+    )
 
 
 def test_norms_that_are_not_called_do_not_count() -> None:
@@ -229,6 +245,39 @@ def test_loads_of_patches_by_hand() -> None:
     assert found.judge(grey(0, 1, 2)).tolist() == pytest.approx([0.0, one, 0.5])
     with pytest.raises(ConfigError, match="load: PMoE has the same load of experts for all images"):
         create_defense("routing-load", load="experts", reserve=10)(task)
+
+
+def test_only_gates_of_selected_pairs_are_a_load() -> None:
+    """Both images have the same gates. In one, expert 0 takes both patches, in the other, each expert takes one."""
+    gates = torch.tensor([[0.9, 0.6], [0.1, 0.4]])
+    taken = torch.tensor([[[True, True], [False, False]], [[True, False], [False, True]]])
+
+    def routing(_: nn.Module, images: Tensor):
+        selected = taken[images[:, 0, 0, 0].long()]
+        yield [Routing("one", gates.expand(len(images), 2, 2), selected)]
+
+    task, _ = make_task(used_model(), clean=Split(grey(*[0, 1] * 20), torch.zeros(40).long()))
+    task = replace(task, routing=routing)
+    found = create_defense("routing-load", statistic="largest", load="gates", reserve=10)(task).filter
+    assert found.judge(grey(0, 1)).tolist() == pytest.approx([1.0, 0.9 / 1.3])
+
+
+def test_loads_are_compared_with_those_of_the_reserved_images_only() -> None:
+    """Of 40 clean images with different loads, those that set the threshold have no load that is known."""
+    tables = {n: torch.tensor([[0.5 + n / 100] * 2, [0.5 - n / 100] * 2]) for n in range(40)}
+    clean = Split(grey(*range(40)), torch.zeros(40).long())
+    found = create_defense("routing-load", reserve=10)(routing_task(tables, clean=clean)).filter
+    scores = found.judge(clean.images)
+    assert found.details["load"] == "gates" and int((scores < 1e-6).sum()) == 10
+    # The highest of 30 scores, since 5% of 31 is 1.
+    assert found.threshold == pytest.approx(scores.max().item()) and found.threshold > 0.009
+
+
+def test_the_variation_of_loads_by_hand() -> None:
+    """Shares of 1/2 and 3/4 deviate by sqrt(2) / 8, relative to an even share of 1/2 by twice as much."""
+    loads = [torch.tensor([[0.5, 0.5], [0.75, 0.25]]), torch.tensor([[0.2, 0.8], [0.2, 0.8]])]
+    assert variation(loads[:1]) == pytest.approx(math.sqrt(2) / 4)
+    assert variation(loads) == pytest.approx(math.sqrt(2) / 8)
 
 
 def test_who_selects_decides_on_the_load() -> None:

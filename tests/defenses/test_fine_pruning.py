@@ -128,6 +128,16 @@ def test_pruned_channels_stay_zero_through_the_tuning(recipe) -> None:
     assert "trunk.stem.weight" in changed(pruned, after), "all else is tuned"
 
 
+def test_where_only_the_convolution_is_pruned_it_stays_zero_in_all_experts() -> None:
+    """Unlike with "post-relu", the norm passes gradients to the pruned channels."""
+    model = used_model()
+    with torch.no_grad():
+        model.norm.bias.fill_(1.0)
+    task, _ = make_task(model)
+    result = create_defense("fine-pruning", ratio=0.4, epochs=1, ranking="notebook")(task)
+    assert pruned_channels(result.model).sum(1).tolist() == [2] * 4
+
+
 @pytest.mark.parametrize("scope", ["trunk", "all"])
 def test_scopes_of_a_routed_model(scope) -> None:
     model = used_model()

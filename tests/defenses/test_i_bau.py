@@ -9,6 +9,7 @@ from planted_pattern import accuracy, planted
 from torch.nn import functional as F
 
 from backdoorbench_moe.defenses import create_defense
+from backdoorbench_moe.defenses.i_bau import _batches
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.ops.hypergradient import fixed_point_hypergradient
 from backdoorbench_moe.ops.images import as_input
@@ -47,6 +48,16 @@ def test_the_perturbation_misleads_and_stays_in_its_ball(form) -> None:
     assert (form == "patch") == torch.equal(tiles, tiles[:1].expand_as(tiles))
     small = create_defense("i-bau", inner_steps=1, inner_lr=1e-3, **FORMS[form])
     assert 0 < game.spread(small._seek(task, game, 0)).norm() < 1, "inside of the ball nothing is scaled"
+
+
+def test_the_perturbation_takes_exactly_its_steps_over_images_in_new_orders() -> None:
+    """Of 20 images in batches of 8, five steps are a pass of three, and two of the next one."""
+    task, _ = make_task(used_model(), clean=held_images(20))
+    found = [images for images, _ in _batches(task, 5, "inner", 0)]
+    assert [len(each) for each in found] == [8, 8, 4, 8, 8]
+    first, clean = torch.cat(found[:3]), as_input(task.clean.images)
+    order = [next(n for n, each in enumerate(clean) if torch.equal(each, image)) for image in first]
+    assert sorted(order) == list(range(20)) and not torch.equal(torch.cat(found[3:]), first[:16])
 
 
 def test_a_step_on_a_tile_is_that_of_the_image_averaged_over_the_tiles() -> None:

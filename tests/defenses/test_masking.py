@@ -24,6 +24,7 @@ from backdoorbench_moe.defenses.masking import (
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.moe.experts import muted
 from backdoorbench_moe.moe.units import Units, expert_units, norm_units
+from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.testing.mixtures import build_mixture, make_mixture_task
 
 CPU = torch.device("cpu")
@@ -50,6 +51,35 @@ def test_what_rnp_unlearns_is_a_copy() -> None:
     assert accuracy <= 70 and rates(unlearned)[0] < 0.7 and rates(task.model)[0] == 1
     assert not changed(before, copies(task.model)) and changed(before, copies(unlearned))
     assert not unlearned.training
+
+
+def test_a_step_of_unlearning_by_hand() -> None:
+    """SGD up the loss, with batch statistics, a gradient of a norm of at most 20, and weight decay."""
+    task = planted_task()
+    with torch.no_grad():
+        task.model.head.weight[1] *= -100
+    twin = copy.deepcopy(task.model).train()
+    loss = -F.cross_entropy(twin(task.clean.images.float() / 255), task.clean.labels)
+    gradients = torch.autograd.grad(loss, list(twin.parameters()))
+    norm = torch.cat([each.flatten() for each in gradients]).norm().item()
+    assert norm > 30, "else nothing would be clipped"
+    unlearned, _ = create_defense("rnp", epochs=1, batch_size=90, unlearn_lr=0.01).unlearn(task)
+    for (name, found), weight, gradient in zip(
+        unlearned.named_parameters(), task.model.parameters(), gradients, strict=True
+    ):
+        step = (weight - found) / 0.01
+        torch.testing.assert_close(step, gradient * 20 / norm + 5e-4 * weight, rtol=0.01, atol=0.01, msg=name)
+    torch.testing.assert_close(unlearned.norm.running_var, twin.norm.running_var)
+
+
+def test_unlearning_ends_with_the_epoch_in_which_the_accuracy_is_low_enough() -> None:
+    """An accuracy of at most 100% is reached at once; one of 0% never with so small a learning rate."""
+    for unlearn_to, epochs in ((1.0, 1), (0.0, 4)):
+        done: list[tuple[int, int]] = []
+        task = replace(planted_task(), progress=lambda *given, done=done: done.append(given))
+        options = {"unlearn_to": unlearn_to, "epochs": 4, "batch_size": 90, "unlearn_lr": 1e-9}
+        create_defense("rnp", **options).unlearn(task)
+        assert done == [(n, 8) for n in range(1, epochs + 1)]
 
 
 def test_the_accuracy_is_that_of_the_images_that_are_used() -> None:
@@ -95,6 +125,26 @@ def test_the_changes_of_anp_go_up_the_gradient_by_eps() -> None:
         torch.testing.assert_close(moved, torch.full((7,), 0.3))
         worse = masked.loss(task.clean, noise, shifts)
         assert worse > masked.loss(task.clean, [drawn]) and worse > masked.loss(task.clean)
+
+
+def test_a_step_of_anp_by_hand() -> None:
+    """The gradient of (1 - alpha) times the loss with changes plus alpha times that without, as in the paper."""
+    task = planted_task()
+    # With wrong labels, both losses have large gradients.
+    task = replace(task, granted={"clean": Split(task.clean.images, task.clean.labels.roll(1))})
+    defense = create_defense("anp", steps=1, alpha=0.3, eps=0.4, mask_lr=0.1, batch_size=90)
+    units = norm_units(task.model)
+    [found], _ = defense.learn_masks(task, units)
+    masked = MaskedModel(task.model, units, CPU, "fp32")
+    batch = next(shuffled_batches(task.clean, 90, task.seed))
+    with batch_statistics(task.model):
+        changes = defense._worst_change(masked, batch, generator(task.seed, "changes"))
+        [worst] = torch.autograd.grad(masked.loss(batch, *changes), masked.masks)
+        [usual] = torch.autograd.grad(masked.loss(batch), masked.masks)
+    expected = (1 - 0.1 * (0.7 * worst + 0.3 * usual)).clamp(0, 1)
+    torch.testing.assert_close(found.detach(), expected)
+    for other in (worst, usual, 0.3 * worst + 0.7 * usual, 0.7 * worst):
+        assert not torch.allclose(expected, (1 - 0.1 * other).clamp(0, 1)), "else the test could not tell"
 
 
 class Answers:
@@ -189,6 +239,12 @@ def test_the_mask_of_an_expert_can_rise_again() -> None:
         masked.masks[0].fill_(-1)
     masked.clip()
     assert masked.masks[0].tolist() == pytest.approx([0.001] * 4)
+    high = MaskedModel(model, norm_units(model)[:1], CPU, "fp32")
+    with torch.no_grad():
+        high.masks[0].fill_(2)
+        high.masks[0][:2] = torch.tensor([-1.0, 0.5])
+    high.clip()
+    assert high.masks[0].tolist() == [0, 0.5] + [1] * (len(high.masks[0]) - 2)
     [gradient] = torch.autograd.grad(masked.loss(coloured(12, 1)), masked.masks)
     assert (gradient != 0).all()
 

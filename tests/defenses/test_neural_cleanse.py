@@ -99,6 +99,24 @@ def test_success_is_that_of_images_of_other_classes_stamped_by_hand() -> None:
     assert found.success == pytest.approx([(predicted == TARGET).double().mean().item()])
 
 
+def test_images_of_the_class_itself_add_neither_loss_nor_hits() -> None:
+    """Without a stamp, no image of another class is called the class; with a random one, all by a loop."""
+    goal, rows, labels = class_goal(60), torch.arange(10, 40), [TARGET, 1]
+    drawn = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    for values in (drawn * torch.tensor([0.0, 1, 1, 1]).view(4, 1, 1), drawn):
+        stamped = goal.stamp(rows, values)
+        outcome = goal.outcome(stamped, rows, labels)
+        for place, label in enumerate(labels):
+            others = goal.clean.labels[rows] != label
+            logits = goal.model(stamped[place][others])
+            wanted = torch.full((len(logits),), label)
+            expected = torch.nn.functional.cross_entropy(logits, wanted)
+            assert outcome.losses[place].item() == pytest.approx(expected.item(), rel=1e-5)
+            assert outcome.hits[place] == (logits.argmax(1) == label).sum() and outcome.counts[place] == len(
+                logits
+            )
+
+
 def test_a_class_without_a_stamp_counts_as_if_it_covered_the_canvas() -> None:
     """A class whose logit is always lowest has no trigger at all."""
     model = planted_model(SQUARE, 3.0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from poisoned_mixtures import POISONED, accuracy, poisoned_mixture, unsafe
+from torch.nn import functional as F
 
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.rasa import mean_gates
@@ -58,6 +61,28 @@ def test_experts_and_gates_take_turns() -> None:
     assert [given["lr"] for _, given in calls] == [0.2, 0.05, 0.2, 0.05]
     experts, routers = ([getattr(each, kind) for each in model.layers()] for kind in ("experts", "router"))
     assert [given["modules"] for _, given in calls] == [experts, routers, experts, routers]
+
+
+def test_the_loss_of_the_gates_is_the_divergence_of_marked_images_plus_that_of_clean_answers() -> None:
+    """3 KL(p || q) + 0.5 CE: p are the mean gates of clean images, q those of a marked image; a mean over layers."""
+    model, task, _ = poisoned_mixture()
+    calls: list[dict[str, Any]] = []
+    object.__setattr__(task, "tune", lambda model, split, **given: calls.append(given))
+    with torch.no_grad():
+        known = [each.gates.mean(0) for each in model.forward_routed(as_input(task.clean.images)).routing]
+    create_defense("rasa", rounds=1, kl_weight=3.0, clean_weight=0.5)(task)
+    images, clean = as_input(task.marked.images[:6]), task.clean
+    torch.manual_seed(1)
+    _, loss = calls[1]["objective"](model, images, task.marked.labels[:6])
+    torch.manual_seed(1)
+    rows = torch.randint(len(clean), (6,))
+    with torch.no_grad():
+        output = model.forward_routed(torch.cat([images, as_input(clean.images[rows])]))
+    layers = [
+        (p * (p / each.gates[:6]).log()).sum(1).mean() for p, each in zip(known, output.routing, strict=True)
+    ]
+    expected = 3 * sum(layers) / len(layers) + 0.5 * F.cross_entropy(output.logits[6:], clean.labels[rows])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_nothing_but_experts_and_gates_changes() -> None:

@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 from backdoorbench_moe.defenses import create_defense
 from backdoorbench_moe.defenses.scan import RIDGE, split_class, within_covariance
 from backdoorbench_moe.errors import ConfigError
+from backdoorbench_moe.ops.components import principal_components
 
 NONE = torch.empty(0, 2, dtype=torch.float64)
 
@@ -84,6 +85,21 @@ def test_without_a_group_nothing_is_suspicious_and_large_classes_are_not_either(
         samples, classes = judged("scan", planted_task(vectors[few], labels[few], clean, known)).judgements
         assert not len(classes.suspicious) and not len(samples.suspicious)
         assert max(classes.scores.values()) < np.e**2
+
+
+def test_there_are_at_most_half_as_many_components_as_degrees_of_freedom(monkeypatch) -> None:
+    """Twelve clean images of three classes leave nine for the covariance, so that of eight dimensions four are used."""
+    wanted: list[int] = []
+
+    def count(vectors: torch.Tensor, components: int):
+        wanted.append(components)
+        return principal_components(vectors, components)
+
+    monkeypatch.setattr("backdoorbench_moe.defenses.scan.principal_components", count)
+    judged(
+        "scan", planted_task(normal(60, 8), torch.arange(60) % 3, normal(12, 8, seed=1), torch.arange(12) % 3)
+    )
+    assert wanted == [4] * 4, "once for all images, and once for each class"
 
 
 def test_equal_vectors_are_not_suspicious() -> None:
