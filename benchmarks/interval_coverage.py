@@ -10,8 +10,9 @@ test images are then drawn in one of two ways:
   seeds with the same true share misclassify the same images.
 
 Real seeds are between the two. The script prints a Markdown table with coverage and median width of
-`ops.intervals.seeds_interval` and, for comparison, of Student's t interval, and a second table for differences of two
-means.
+`ops.intervals.seeds_interval` and, for comparison, of Student's t interval. A second table is for differences of two
+means: of different models (`difference_interval`), and of the same models before and after a change
+(`paired_interval`), whose true shares are the same quantile of both distributions.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import beta, t
 
-from backdoorbench_moe.ops.intervals import Interval, difference_interval, seeds_interval
+from backdoorbench_moe.ops.intervals import Interval, difference_interval, paired_interval, seeds_interval
 
 # Mean and standard deviation of the seeds' true shares. In `POLES`, the beta distribution has a pole at 0 or 1: most
 # seeds are there, and rare ones far away.
@@ -51,6 +52,8 @@ DIFFERENCES = [
     ((0.9, 0.05), (0.99, 0.002)),
     ((1.0, 0.0), (0.99, 0.002)),
     ((1.0, 0.0), (1.0, 0.0)),
+    ((0.9, 0.15), (0.9, 0.15)),
+    ((0.99, 0.03), (0.9, 0.1)),
 ]
 
 Method = Callable[[list[float], int], Interval | None]
@@ -68,19 +71,36 @@ def draw(
     mean: float, std: float, images: int, seeds: int, repeats: int, *, shared: bool, rng: np.random.Generator
 ) -> np.ndarray:
     """Draw measured shares in percent, (repeats, seeds)."""
-    truth = _true_shares(mean, std, (repeats, seeds), rng)
+    truth = _true_shares(mean, std, rng.random((repeats, seeds)))
     if not shared:
         return 100 * rng.binomial(images, truth) / images
-    difficulty = np.sort(rng.random((repeats, images)))
+    return _on_shared_images(truth, np.sort(rng.random((repeats, images))))
+
+
+def draw_pairs(
+    a: tuple[float, float],
+    b: tuple[float, float],
+    images: int,
+    seeds: int,
+    repeats: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Draw measured shares of the same models before and after a change, in percent, (repeats, seeds) each."""
+    quantiles, difficulty = rng.random((repeats, seeds)), np.sort(rng.random((repeats, images)))
+    return [_on_shared_images(_true_shares(*side, quantiles), difficulty) for side in (a, b)]
+
+
+def _on_shared_images(truth: np.ndarray, difficulty: np.ndarray) -> np.ndarray:
+    """Measure true shares (repeats, seeds) on the images of each repeat, (repeats, images), in order of difficulty."""
     rows = zip(difficulty, truth, strict=True)
-    return 100 * np.array([np.searchsorted(row, shares) for row, shares in rows]) / images
+    return 100 * np.array([np.searchsorted(row, shares) for row, shares in rows]) / difficulty.shape[1]
 
 
-def _true_shares(mean: float, std: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _true_shares(mean: float, std: float, quantiles: np.ndarray) -> np.ndarray:
     if std == 0:
-        return np.full(shape, mean)
+        return np.full(quantiles.shape, mean)
     concentration = mean * (1 - mean) / std**2 - 1
-    return rng.beta(mean * concentration, (1 - mean) * concentration, shape)
+    return beta.ppf(quantiles, mean * concentration, (1 - mean) * concentration)
 
 
 def simulate(
@@ -115,6 +135,21 @@ def simulate_difference(
     for x, y in zip(*sides, strict=True):
         ends = [seeds_interval(values.tolist(), images) for values in (x, y)]
         intervals.append(difference_interval(float(x.mean()), ends[0], float(y.mean()), ends[1]))
+    return _coverage(intervals, 100 * (b[0] - a[0]))
+
+
+def simulate_pairs(
+    a: tuple[float, float],
+    b: tuple[float, float],
+    images: int,
+    seeds: int,
+    *,
+    repeats: int,
+    rng: np.random.Generator,
+) -> Coverage:
+    """Simulate the coverage of the mean difference of the same models before and after a change."""
+    sides = draw_pairs(a, b, images, seeds, repeats, rng)
+    intervals = [paired_interval(x.tolist(), y.tolist(), images) for x, y in zip(*sides, strict=True)]
     return _coverage(intervals, 100 * (b[0] - a[0]))
 
 
@@ -159,14 +194,17 @@ def main() -> None:
                 texts = [f"{one.share:.1f} | {one.width:.2f}" for one in found[:2]]
                 row = [f"{100 * mean:g}", f"{100 * std:g}", str(images), str(seeds), *texts]
                 print(f"| {' | '.join(row)} | {found[2].share:.1f} |")
-    print("\n| A: mean %, std | B: mean %, std | images | seeds | coverage | width |")
-    print("| --- | --- | --: | --: | --: | --: |")
+    print(
+        "\n| A: mean %, std | B: mean %, std | images | seeds | other models | width | same models | width |"
+    )
+    print("| --- | --- | --: | --: | --: | --: | --: | --: |")
     for a, b in DIFFERENCES:
         for images in IMAGES:
             for seeds in SEEDS:
-                one = simulate_difference(a, b, images, seeds, repeats=options.repeats, rng=rng)
-                row = [f"{100 * mean:g}, {100 * std:g}" for mean, std in (a, b)]
-                row += [str(images), str(seeds), f"{one.share:.1f}", f"{one.width:.2f}"]
+                row = [f"{100 * mean:g}, {100 * std:g}" for mean, std in (a, b)] + [str(images), str(seeds)]
+                for simulation in (simulate_difference, simulate_pairs):
+                    one = simulation(a, b, images, seeds, repeats=options.repeats, rng=rng)
+                    row += [f"{one.share:.1f}", f"{one.width:.2f}"]
                 print(f"| {' | '.join(row)} |")
 
 

@@ -24,6 +24,7 @@ from backdoorbench_moe.bench.tables.compare_render import comparison_csv, compar
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.tidy import tidy_csv
 from backdoorbench_moe.errors import ConfigError, RecordError
+from backdoorbench_moe.ops.intervals import paired_interval
 
 SMALL = {"recipe": "paper", "dataset": {"name": "cifar10", "train_images": 10000}, "train": {"epochs": 10}}
 BASES = {"large": {"recipe": "paper", "dataset": "cifar10"}, "small": SMALL}
@@ -82,6 +83,23 @@ def test_saturated_sides_have_an_interval_of_some_width(tmp_path) -> None:
     low, high = row.interval("asr")
     assert row.difference("asr") == pytest.approx(0.1)
     assert low < 0.1 < high <= 100 - 99.8
+
+
+def test_defenses_of_the_same_models_are_compared_seed_by_seed(tmp_path) -> None:
+    """An attack that succeeds better with one seed than with another succeeds better after both defenses."""
+    grid = {"applicator": ["image"], "trigger": ["square"], "defenses": [["clp"], ["fst"]]}
+    suite = part_suite(grid=grid, repeats=3, paper=None, tables=[], plots=[])
+    counts = {"clp": (900, 4500, 8100), "fst": (810, 4230, 7920)}
+    for cell in suite.cells:
+        for spec, asr in zip(cell.runs(3), counts[cell.spec.defenses[0].name], strict=True):
+            write(tmp_path, finished(spec, asr=asr))
+    sides = [Side(name, ResultSet.from_runs(suite.only([f"defenses={name}"]), tmp_path)) for name in counts]
+    [row] = compare(*sides, ["asr"]).rows
+    assert row.paired and row.difference("asr") == pytest.approx(-2)
+    assert row.interval("asr") == pytest.approx(paired_interval([10, 50, 90], [9, 47, 88], 9000))
+    # Models of other triggers are different models, even with the same seeds.
+    first, second = part_suite(repeats=3), part_suite("second", base=SMALL, repeats=3)
+    assert not any(row.paired for row in compare(side(first, tmp_path), side(second, tmp_path), ["asr"]).rows)
 
 
 def test_scales_match_cell_by_cell_and_what_differs_is_said(tmp_path) -> None:

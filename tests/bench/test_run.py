@@ -12,6 +12,7 @@ from fake_runs import finished, write
 from making import Inline, numbers, run
 from suites import GRID, tiny_suite
 
+from backdoorbench_moe import triggers
 from backdoorbench_moe.bench.running import estimate, worker
 from backdoorbench_moe.bench.running.engines import local, make_engine
 from backdoorbench_moe.bench.running.engines.local import LocalEngine
@@ -29,6 +30,7 @@ from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.errors import BbmoeError, ConfigError, RecordError, UnknownNameError
 from backdoorbench_moe.records import Record, RunFolder
+from backdoorbench_moe.triggers.square import Square
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,28 @@ def test_a_suite_is_made_once(tmp_path) -> None:
     report, engine = run(suite, tmp_path)
     assert (report.found, report.outcomes, engine.jobs) == (5, [], [])
     assert numbers(suite, tmp_path) == first
+
+
+def test_finished_runs_of_edited_code_are_refused_before_anything_is_trained(tmp_path, monkeypatch) -> None:
+    """Otherwise, a cell would be the mean of seeds with the old code and of seeds with the new one."""
+
+    class Mark(Square):
+        pass
+
+    monkeypatch.setitem(triggers.registry._local, "mark", Mark)
+    suite = tiny_suite(grid={**GRID, "trigger": ["mark", "square"]})
+    specs = [cell.spec for cell in suite.cells]
+    for spec in specs:
+        write(tmp_path, finished(spec, sources={"trigger mark": "0" * 16}))
+    marked = sum(spec.trigger.name == "mark" for spec in specs)
+    changed = (
+        rf"the code of trigger mark has changed since .* \({marked} of {len(specs)} finished runs changed\)"
+    )
+    with pytest.raises(RecordError, match=changed):
+        run(suite, tmp_path)
+    # A record in a results folder stays what it is.
+    left = run(suite, tmp_path, known={spec.digest for spec in specs}, budget=1e-9)[0]
+    assert left.found == len(specs)
 
 
 @pytest.mark.slow

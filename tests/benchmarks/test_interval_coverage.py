@@ -84,6 +84,17 @@ def test_coverage_of_a_difference(script, a, b) -> None:
         assert script.simulate_difference(a, b, 1800, seeds, repeats=600, rng=rng).share >= 93
 
 
+@pytest.mark.parametrize(("a", "b"), [((0.5, 0.05), (0.6, 0.05)), ((0.9, 0.05), (0.99, 0.002))])
+def test_coverage_of_a_difference_of_the_same_models(script, a, b) -> None:
+    """Where the seeds differ much, but the difference does not, it is a fraction as wide as that of other models."""
+    rng = np.random.default_rng(16)
+    for seeds in (3, 5):
+        found = script.simulate_pairs(a, b, 1800, seeds, repeats=600, rng=rng)
+        assert found.share >= 91.5  # See LEAST.
+        other = script.simulate_difference(a, b, 1800, seeds, repeats=100, rng=rng)
+        assert found.width < (0.5 if a[1] == b[1] else 1.1) * other.width
+
+
 def test_the_committed_table_is_of_this_grid(script) -> None:
     """And it claims nothing that the docstring does not: 93% or more wherever there is no pole."""
     text = (SCRIPT.parent / "results" / "interval-coverage" / "coverage.md").read_text(encoding="utf-8")

@@ -138,5 +138,16 @@ def test_compare(place) -> None:
     result = run(place, "compare", str(place / "part.yaml"), "--metric", "asr", "--format", "markdown")
     assert "- 8 cells in both, 0 only in A, 0 only in B" in result.stdout
     assert "clean accuracy" not in result.stdout
+    parts = ["--only", "trigger=square", "--only-a", "applicator=image", "--only-b", "applicator=patch"]
+    result = run(
+        place, "compare", str(place / "part.yaml"), *parts, "--metric", "asr", "--format", "markdown"
+    )
+    assert "- 2 cells in both, 0 only in A, 0 only in B" in result.stdout
+    assert "# suite part, version 3, trigger=square, applicator=image and suite part" in result.stdout
+    assert "applicator.name: image in A, patch in B" in result.stdout
+    with pytest.raises(
+        BbmoeError, match=r"--only applicator\.name: value: unknown 'pach'; did you mean 'patch'"
+    ):
+        run(place, "compare", str(place / "part.yaml"), "--only-b", "applicator=pach")
     with pytest.raises(BbmoeError, match="--metric: metric: unknown 'acc'"):
         run(place, "compare", str(place / "part.yaml"), "--metric", "acc")

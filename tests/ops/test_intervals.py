@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backdoorbench_moe.ops.intervals import difference_interval, seeds_interval
+from backdoorbench_moe.ops.intervals import difference_interval, paired_interval, seeds_interval
 from backdoorbench_moe.ops.metrics import proportion
 
 SHARES = st.lists(st.floats(0, 100), min_size=3, max_size=12)
@@ -115,3 +115,33 @@ def test_a_difference_stays_on_its_scale_and_changes_its_sign_with_the_sides(a, 
 def test_a_side_without_an_interval_gives_none() -> None:
     assert difference_interval(1, None, 2, (1, 3)) is None
     assert difference_interval(1, (0, 2), 2, None) is None
+
+
+def test_a_paired_difference_by_hand() -> None:
+    """10, 50, 90% before and 9, 47, 88% after, on 9,000 images: the mean difference is -2, its deviation 1 point.
+
+    Seeds: 4.302653 x 1 / sqrt(3). Images: Wilson's intervals of 50 and 48%, half-widths 1.0328 and 1.0320.
+    """
+    low, high = paired_interval([10, 50, 90], [9, 47, 88], 9000)
+    half = ((4.302653 / 3**0.5) ** 2 + 1.0328**2 + 1.0320**2) ** 0.5
+    assert (low, high) == pytest.approx((-2 - half, -2 + half), abs=0.001)
+    ends = [seeds_interval(values, 9000) for values in ([10, 50, 90], [9, 47, 88])]
+    apart = difference_interval(50, ends[0], 48, ends[1])
+    assert apart[1] - apart[0] > 100, "the same values of different models"
+
+
+def test_a_paired_difference_needs_three_seeds_on_both_sides() -> None:
+    assert paired_interval([1, 2], [1, 2], 100) is None
+    with pytest.raises(ValueError, match="as many seeds on both sides, got 3 and 4"):
+        paired_interval([1, 2, 3], [1, 2, 3, 4], 100)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=3, max_size=12), images=IMAGES
+)
+def test_a_paired_difference_stays_on_its_scale_and_changes_its_sign_with_the_sides(values, images) -> None:
+    a, b = map(list, zip(*values, strict=True))
+    low, high = paired_interval(a, b, images)
+    assert -100 <= low <= statistics.fmean(b) - statistics.fmean(a) + 1e-9 and low < high <= 100
+    assert paired_interval(b, a, images) == pytest.approx((-high, -low))

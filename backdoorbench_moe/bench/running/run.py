@@ -20,7 +20,7 @@ from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.build import build_model
 from backdoorbench_moe.engine.graph import reference
-from backdoorbench_moe.engine.run import load_run
+from backdoorbench_moe.engine.run import Run, check_options, check_plugins, load_run
 from backdoorbench_moe.engine.runner import Runner
 from backdoorbench_moe.engine.twin import link_twin
 from backdoorbench_moe.engine.workplace import Workplace
@@ -28,6 +28,7 @@ from backdoorbench_moe.errors import BbmoeError, RecordError
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.plugins import describe_error, raised_in
 from backdoorbench_moe.records import RunFolder
+from backdoorbench_moe.wording.counting import count
 
 
 @dataclass
@@ -84,11 +85,15 @@ def run_suite(
 
     Raises:
         BbmoeError: The suite or an option is invalid; raised before anything is trained.
+        RecordError: A finished run was made with other code of a plug-in or with other defaults, so that a table would
+            mix its results with those of the code that is installed now.
     """
     deadline = None if budget is None else time.time() + budget
     output, specs = expand(output), list(order(suite))
-    todo = [run.spec for run in read_plan(specs, output, known) if run.status != "finished"]
+    planned = read_plan(specs, output, known)
+    todo = [run.spec for run in planned if run.status != "finished"]
     report = Report(total=len(specs), found=len(specs) - len(todo))
+    check_found([run.spec for run in planned if run.status == "finished"], output, known)
     check(suite, todo, output, on_check)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -103,6 +108,34 @@ def run_suite(
             links.make(outcome.name)
         on_outcome(outcome)
     return report
+
+
+def check_found(specs: Sequence[RunSpec], output: Path, known: Collection[str] = ()) -> None:
+    """Check that finished runs would be made with the same code of plug-ins and the same defaults now.
+
+    Args:
+        specs: The finished runs.
+        output: Folder of run folders.
+        known: Digests of runs whose records are elsewhere; they are not checked.
+
+    Raises:
+        RecordError: Some would not; the message is that of the first one, with their number.
+    """
+    runs = [load_run(output / spec.name) for spec in specs if spec.digest not in known]
+    found = {run.folder.path: error for run in runs if (error := _changed(run)) is not None}
+    if found:
+        first, *_ = found.values()
+        raise RecordError(f"{first} ({len(found)} of {count(len(runs), 'finished run')} changed)") from first
+
+
+def _changed(run: Run) -> RecordError | None:
+    """Return the error that tells in what a run differs from one that would be made now; None if in nothing."""
+    try:
+        check_plugins(run.folder, run.record)
+        check_options(run)
+    except RecordError as error:
+        return error
+    return None
 
 
 def check(

@@ -13,12 +13,11 @@ from backdoorbench_moe.bench.suites.reading import load_named
 from backdoorbench_moe.bench.suites.suite import Cell, Layout, Suite, seedless_digest, value_of
 from backdoorbench_moe.bench.tables.layout import DEFAULT_METRICS, find_place, label, table_metrics
 from backdoorbench_moe.bench.tables.results import CLEAN_CELLS, MANIFEST, ResultSet, read_lines, read_manifest
-from backdoorbench_moe.bench.tables.statistic import Statistic
+from backdoorbench_moe.bench.tables.statistic import Statistic, compared_interval
 from backdoorbench_moe.bench.tables.wording import suite_line
 from backdoorbench_moe.config import PARTS, RunSpec
 from backdoorbench_moe.engine.graph import base_of
 from backdoorbench_moe.errors import ConfigError, RecordError
-from backdoorbench_moe.ops.intervals import difference_interval
 from backdoorbench_moe.paths import expand
 from backdoorbench_moe.records import Record
 
@@ -61,12 +60,14 @@ class CellPair:
         a: Values of A, by metric; None if A does not have the cell.
         b: Values of B, by metric; None if B does not have the cell.
         same: Whether both sides have the same runs, so that the difference is meaningless.
+        paired: Whether both sides are of the same trained models, which differ in their defenses.
     """
 
     labels: tuple[str, ...]
     a: Mapping[str, Value] | None
     b: Mapping[str, Value] | None
     same: bool = False
+    paired: bool = False
 
     def difference(self, metric: str) -> float | None:
         """Compute B's mean minus A's; None unless both have a mean, from different runs."""
@@ -74,7 +75,7 @@ class CellPair:
         return None if a is None or b is None or self.same else b.mean - a.mean
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """Compute the 95% interval of the difference (see `ops.intervals.difference_interval`).
+        """Compute the 95% interval of the difference (see `statistic.compared_interval`).
 
         Returns:
             Low and high end; None if a side has fewer than three seeds and thus no interval.
@@ -82,7 +83,7 @@ class CellPair:
         a, b = self._statistics(metric)
         if a is None or b is None or self.same:
             return None
-        return difference_interval(a.mean, a.interval, b.mean, b.interval)
+        return compared_interval(a, b, paired=self.paired)
 
     def _statistics(self, metric: str) -> tuple[Statistic | None, Statistic | None]:
         a, b = (side[metric].statistic if side else None for side in (self.a, self.b))
@@ -118,26 +119,34 @@ class SuiteComparison:
         return both, only_a, len(self.rows) - both - only_a
 
 
-def open_side(text: str, output: Path | str) -> Side:
+def open_side(text: str, output: Path | str, only: Sequence[str] = ()) -> Side:
     """Open one side of a comparison.
 
     Args:
         text: SUITE or SUITE:SCALE, or the path of a results folder of any version of its suite.
         output: Folder of run folders from which a suite is read.
+        only: Filters of its cells; see `Suite.only`.
 
     Raises:
-        UnknownNameError: The suite or scale does not exist.
-        ConfigError: The text is malformed, there is nothing at the path, or the suite is invalid.
+        UnknownNameError: The suite or scale does not exist, or a filter names an unknown value.
+        ConfigError: The text is malformed, there is nothing at the path, the suite is invalid, or no cell is left.
         RecordError: The folder cannot be read.
     """
     folder = expand(text)
     if (folder / MANIFEST).is_file():
         results = read_folder(folder)
-        return Side(f"{suite_line(results.suite)} ({text})", results)
+        return Side(
+            _label(f"{suite_line(results.suite)} ({text})", only),
+            replace(results, suite=results.suite.only(only)),
+        )
     if folder.is_dir():
         raise RecordError(f"results folder {text}: expected a {MANIFEST} in it, found none")
-    suite = load_named(text, what="suite or results folder")
-    return Side(suite_line(suite), ResultSet.from_runs(suite, output))
+    suite = load_named(text, what="suite or results folder").only(only)
+    return Side(_label(suite_line(suite), only), ResultSet.from_runs(suite, output))
+
+
+def _label(line: str, only: Sequence[str]) -> str:
+    return ", ".join([line, *only])
 
 
 def read_folder(folder: Path) -> ResultSet:
@@ -209,6 +218,7 @@ def compare(a: Side, b: Side, metrics: Sequence[str]) -> SuiteComparison:
             None if n is None else _values(a, a.results.suite.cells[n], metrics),
             None if m is None else _values(b, b.results.suite.cells[m], metrics),
             n is not None and m is not None and _results_of_runs(a, n) == _results_of_runs(b, m) != [],
+            n is not None and m is not None and _same_models(a, n, b, m),
         )
         for (n, m), values in zip(pairs, shown, strict=True)
     )
@@ -364,6 +374,13 @@ def _results_of_runs(side: Side, number: int) -> list[tuple[str, dict[str, dict[
     return [
         (record.digest, record.metrics) for spec in specs if (record := side.results.record(spec)) is not None
     ]
+
+
+def _same_models(a: Side, n: int, b: Side, m: int) -> bool:
+    """Return whether two cells are of the same trained models, apart from their defenses."""
+    specs = (side.results.suite.cells[number].spec for side, number in ((a, n), (b, m)))
+    first, second = (seedless_digest(replace(spec, defenses=())) for spec in specs)
+    return first == second
 
 
 def _values(side: Side, cell: Cell, metrics: Sequence[str]) -> dict[str, Value]:

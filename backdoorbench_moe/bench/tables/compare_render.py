@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "Each cell: mean ± standard deviation over n seeds. Difference: B minus A in percentage points, and its 95% "
-    "interval (from the intervals of both means, if each side has at least 3 seeds)."
+    "interval, if each side has at least 3 seeds: from the differences of the seeds if both are of the same trained "
+    "models, otherwise from the intervals of both means."
 )
 
 

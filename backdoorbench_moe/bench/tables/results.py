@@ -24,7 +24,7 @@ from backdoorbench_moe.config import RunSpec
 from backdoorbench_moe.engine.graph import clean_twin, poisoned_experts
 from backdoorbench_moe.errors import RecordError
 from backdoorbench_moe.metrics import metric as find_metric
-from backdoorbench_moe.ops.intervals import Interval
+from backdoorbench_moe.ops.intervals import Interval, paired_interval
 from backdoorbench_moe.records import Record, RunFolder, parse_record
 from backdoorbench_moe.records.sharing import without_folders
 from backdoorbench_moe.records.status import status_of
@@ -138,6 +138,7 @@ class ResultSet:
             return None
         specs = [spec for spec in cell.runs(self.suite.repeats) if spec.seed in found]
         interval = self._interval(specs, metric)
+        sample = self._sample(specs, metric)
         return Statistic.of(
             found,
             interval,
@@ -145,6 +146,7 @@ class ResultSet:
             self.paper.rounding(cell.spec, metric),
             sum(self._near_chance(spec, metric) for spec in specs),
             interval_of([self.metric(spec, metric) or {} for spec in specs], interval),
+            sample.images if sample.is_of_images(find_metric(metric)) else 0,
         )
 
     def state(self, cell: Cell) -> str:
@@ -224,10 +226,17 @@ class ResultSet:
             ba, twin_ba = (self._sample(specs, with_base(metric, name)) for name in ("ba", "twin_ba"))
             return drop_interval(ba, twin_ba)
         if uses_tuning(metric):
-            key = compared_key(metric)
-            tuned = [each for spec in specs if (each := plain_tuning(spec)) is not None]
-            return drop_interval(self._sample(tuned, key), self._sample(specs, key))
+            return self._over_tuning(specs, compared_key(metric))
         return self._sample(specs, metric).interval(find_metric(metric))
+
+    def _over_tuning(self, specs: list[RunSpec], metric: str) -> Interval | None:
+        """Return the 95% interval of the mean difference of defenses to plain tuning of the same models."""
+        pairs = [self._beside_tuning(spec, metric) for spec in specs]
+        having = [(tuned, own) for own, tuned in pairs if own is not None and tuned is not None]
+        sample = self._sample(specs, metric)
+        if not having or not sample.is_of_images(find_metric(metric)):
+            return None
+        return paired_interval([tuned for tuned, _ in having], [own for _, own in having], sample.images)
 
     def _sample(self, specs: list[RunSpec], metric: str) -> Sample:
         """Return the values of a metric for those of these runs that have it."""

@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backdoorbench_moe.metrics import METRICS, PERCENT, Metric
-from backdoorbench_moe.ops.intervals import FEWEST_SEEDS, Interval, difference_interval, seeds_interval
+from backdoorbench_moe.ops.intervals import (
+    FEWEST_SEEDS,
+    Interval,
+    difference_interval,
+    paired_interval,
+    seeds_interval,
+)
 from backdoorbench_moe.ops.metrics import mean_std
 
 # Equal shares of different counts may differ in the last bit.
@@ -34,9 +40,11 @@ class Sample:
             Low and high end; None for fewer than three seeds, for metrics that are not shares of images, and for ratios
             of two accuracies.
         """
-        if metric.base in RATIOS or metric.unit != PERCENT or not self.images:
-            return None
-        return seeds_interval(self.values, self.images)
+        return seeds_interval(self.values, self.images) if self.is_of_images(metric) else None
+
+    def is_of_images(self, metric: Metric) -> bool:
+        """Return whether the metric is a share of images, to which the intervals apply."""
+        return metric.base not in RATIOS and metric.unit == PERCENT and self.images > 0
 
 
 def drop_interval(ba: Sample, twin_ba: Sample) -> Interval | None:
@@ -49,6 +57,23 @@ def drop_interval(ba: Sample, twin_ba: Sample) -> Interval | None:
         (mean_std(sample.values)[0], sample.interval(METRICS["ba"])) for sample in (ba, twin_ba)
     )
     return difference_interval(mean, interval, twin_mean, twin_interval)
+
+
+def compared_interval(a: Statistic, b: Statistic, *, paired: bool) -> Interval | None:
+    """Compute the 95% interval of the difference of two means, B minus A.
+
+    Args:
+        a: The first side.
+        b: The second side.
+        paired: Whether both are of the same trained models. If they also have the same seeds, `paired_interval` is
+            used, and `difference_interval` otherwise.
+
+    Returns:
+        Low and high end; None if a side has fewer than three seeds, or the metric is not a share of images.
+    """
+    if paired and a.seeds == b.seeds and a.images and b.images:
+        return paired_interval(a.values, b.values, min(a.images, b.images))
+    return difference_interval(a.mean, a.interval, b.mean, b.interval)
 
 
 def interval_of(values: Sequence[Mapping[str, float]], over_seeds: Interval | None) -> Interval | None:
@@ -88,6 +113,8 @@ class Statistic:
         rounding: Half a unit of the last published digit.
         near_chance: Number of seeds whose model is near chance (see `backdoorbench_moe.collapse`).
         shown: The interval shown below the mean; see `interval_of`.
+        images: Number of images that determines the uncertainty of each value; 0 for a metric that is not a share of
+            images.
     """
 
     seeds: tuple[int, ...]
@@ -99,6 +126,7 @@ class Statistic:
     rounding: float = 0.0
     near_chance: int = 0
     shown: Interval | None = None
+    images: int = 0
 
     @classmethod
     def of(
@@ -109,12 +137,12 @@ class Statistic:
         rounding: float = 0.0,
         near_chance: int = 0,
         shown: Interval | None = None,
+        images: int = 0,
     ) -> Statistic:
         """Compute the mean and standard deviation of at least one value, given by seed."""
-        mean, std = mean_std(tuple(values.values()))
-        return cls(
-            tuple(values), tuple(values.values()), mean, std, interval, paper, rounding, near_chance, shown
-        )
+        seeds, found = tuple(values), tuple(values.values())
+        mean, std = mean_std(found)
+        return cls(seeds, found, mean, std, interval, paper, rounding, near_chance, shown, images)
 
     @property
     def n(self) -> int:

@@ -23,6 +23,11 @@ FORMATS = ("rich", "markdown", "csv")
     help="Metric to compare: asr, ba, cad, ra, or STAGE.asr; may be repeated.  [those of the tables]",
 )
 @click.option(
+    "--only", multiple=True, metavar="KEY=V[,V]", help="Use only these cells of both sides; may be repeated."
+)
+@click.option("--only-a", multiple=True, metavar="KEY=V[,V]", help="Use only these cells of A.")
+@click.option("--only-b", multiple=True, metavar="KEY=V[,V]", help="Use only these cells of B.")
+@click.option(
     "--output",
     type=PATH,
     default=Path("runs"),
@@ -32,12 +37,26 @@ FORMATS = ("rich", "markdown", "csv")
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="Output format."
 )
-def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -> None:
+def command(
+    *,
+    a: str,
+    b: str,
+    metrics: tuple[str, ...],
+    only: tuple[str, ...],
+    only_a: tuple[str, ...],
+    only_b: tuple[str, ...],
+    output: Path,
+    form: str,
+) -> None:
     """Compare A and B. Each is a suite (SUITE or SUITE:SCALE), read from --output, or a results folder.
 
     Cells are matched if their settings are equal, except those that differ between A and B for all cells, such as the
     scale. For each pair, prints both means, the difference B minus A and, with at least three seeds on each side, its
     95% confidence interval.
+
+    Two parts of one suite, such as two defenses, are compared by naming it twice:
+
+      bbmoe bench compare SUITE SUITE --only-a defenses=clp --only-b defenses=fst
     """
     from backdoorbench_moe.bench.suites.reading import check_metric
     from backdoorbench_moe.bench.tables import compare_render
@@ -45,7 +64,7 @@ def command(a: str, b: str, metrics: tuple[str, ...], output: Path, form: str) -
 
     for metric in metrics:
         check_metric(metric, "--metric")
-    sides = open_side(a, output), open_side(b, output)
+    sides = open_side(a, output, (*only, *only_a)), open_side(b, output, (*only, *only_b))
     comparison = compare(*sides, metrics or default_metrics(*sides))
     if form == "rich":
         from rich.console import Console
