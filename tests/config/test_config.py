@@ -125,8 +125,10 @@ BAD = [
     ({"poison": {"mapping": "all-to-all", "labels": "clean"}}, r"poison\.mapping"),
     ({"poisson": {}}, r"unknown 'poisson'; did you mean 'poison'"),
     ({"train": {"epoch": 3}}, r"train: key: unknown 'epoch'; did you mean 'epochs'"),
-    ({"train": {"accumulate": 0}}, r"train\.accumulate: expected at least 1, got 0"),
-    ({"train": {"epochs": -1}}, r"train\.epochs: expected at least 0, got -1"),
+    ({"train": {"accumulate": 0}}, r"train\.accumulate: expected an integer from 1 to 1000000, got 0"),
+    ({"train": {"epochs": -1}}, r"train\.epochs: expected an integer from 0 to 100000, got -1"),
+    ({"train": {"epochs": 10**24}}, r"train\.epochs: expected an integer from 0 to 100000, got 10{24}$"),
+    ({"train": {"batch_size": 10**9}}, r"train\.batch_size: expected an integer from 1 to 1000000, got"),
     (
         {"train": {"epochs": 0}},
         r"train\.epochs: expected at least 1, as the model has no initial weights, got 0",
