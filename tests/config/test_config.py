@@ -182,8 +182,12 @@ def test_yaml_files(tmp_path) -> None:
     spec = build_spec(load_yaml(file))
     assert isinstance(spec, RunSpec)
     assert (spec.model.name, spec.poison.rate) == ("wide_resnet", 0.01)
-    file.write_text("a: [1")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    file.write_text("a: [1,\nb: 3")
+    message = (
+        r"not valid YAML: while parsing a flow sequence at line 1, column 4: expected ',' or '\]', "
+        r"but got '<stream end>' at line 2, column 5$"
+    )
+    with pytest.raises(ConfigError, match=message):
         load_yaml(file)
     file.write_text("just text")
     with pytest.raises(ConfigError, match="expected a mapping"):
