@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from backdoorbench_moe.wording.spelling import near_names
 
+# Most characters of a value of several lines in an error message.
+LONGEST_GOT = 80
+
 
 class BbmoeError(Exception):
     """Base class of all errors that this package raises deliberately."""
@@ -18,7 +21,15 @@ class ConfigError(BbmoeError):
     @classmethod
     def expected(cls, parameter: str, expected: str, got: object) -> ConfigError:
         """Build the standard message: the parameter, what was expected, and what was received."""
-        return cls(f"{parameter}: expected {expected}, got {got!r}")
+        return cls(f"{parameter}: expected {expected}, got {_in_one_line(repr(got))}")
+
+
+def _in_one_line(text: str) -> str:
+    """Shorten a text of several lines, such as that of a module or a tensor, to one line."""
+    if "\n" not in text:
+        return text
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_GOT else f"{line[:LONGEST_GOT]}..."
 
 
 class UnknownNameError(ConfigError):

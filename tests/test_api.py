@@ -168,6 +168,18 @@ def test_what_is_no_run_is_named_by_its_type(value) -> None:
         assert len(message) < 200
 
 
+@pytest.mark.parametrize("key", ["dataset", "model", "trigger", "applicator", "attack", "splitter", "gate"])
+def test_a_part_that_is_an_object_is_refused_in_one_line(key) -> None:
+    hint = r"; a part of your own needs a plug-in \(see `bbmoe plugin new --help`\)"
+    given = {"a Sequential module": NETWORK, "the class Huge": Huge, "an object of class object": object()}
+    for got, value in given.items():
+        with pytest.raises(ConfigError, match=f"^{key}: expected a name, or a mapping .* got {got}{hint}$"):
+            bbmoe.attack(**{key: value})
+    with pytest.raises(ConfigError, match=f"^{key}.name: expected a string, got Sequential.*$") as error:
+        bbmoe.attack(**{key: {"name": NETWORK}})
+    assert "\n" not in str(error.value)
+
+
 def test_a_defense_that_is_no_name_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="defense: expected a name"):
         bbmoe.defend(tmp_path, Huge)

@@ -157,7 +157,7 @@ def test_data_that_changed_between_two_calls_are_read_again(tmp_path) -> None:
         ({"suite": "smok"}, "suite: unknown 'smok'; did you mean 'smoke'"),
         ({"suite": "smoke", "repeats": 0}, "repeats: expected at least 1, got 0"),
         ({"suite": "smoke", "only": ["trigger"]}, "--only: expected"),
-        ({"suite": "smoke", "workers": 0}, "--workers: expected at least 1, got 0"),
+        ({"suite": "smoke", "workers": 0}, "--workers: expected an integer from 1 to 1024, got 0"),
         ({"suite": "smoke", "workers": "2"}, "workers: expected an integer, got '2'"),
         ({"suite": "smoke", "repeats": "2"}, "repeats: expected an integer, got '2'"),
         ({"suite": "smoke", "threads": 1}, "threads: expected workers with it"),

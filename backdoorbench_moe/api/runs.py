@@ -18,6 +18,7 @@ from backdoorbench_moe.api.arguments import (
     text_or_none,
 )
 from backdoorbench_moe.config import IMPORTED, PartSpec, RunSpec, build_spec, chain_settings
+from backdoorbench_moe.config.shorthand import no_part
 from backdoorbench_moe.engine import runner
 from backdoorbench_moe.engine.opening.defended_module import DefendedModule, defend_module
 from backdoorbench_moe.engine.opening.given_images import Images
@@ -147,7 +148,7 @@ def import_weights(
     """
     given = {"weights_key": weights_key, "mean": mean, "std": std, "resize": resize}
     if not isinstance(model, str | Mapping):
-        raise ConfigError.expected("model", "a name, or a mapping with the key 'name'", model)
+        raise no_part("model", model)
     part = {"name": model} if isinstance(model, str) else dict(model)
     part |= {"weights": str(path_of(weights, "weights"))}
     part |= {name: value for name, value in given.items() if value is not None}

@@ -82,7 +82,7 @@ def command(
     Exit code 1: a defense failed.
     """
     usage = CoreUsage.now()
-    from backdoorbench_moe.bench.running.defense_options import split_names
+    from backdoorbench_moe.bench.running.defense_options import names_defense, options_by_name, split_names
 
     split_names(names, skip)  # Report wrong names before torch is imported, which is slow.
     options = chain_options(settings)
@@ -95,6 +95,8 @@ def command(
     given = {**place, "device": device, "observer": make_observer(quiet=quiet)}
     # Also a list of which --skip leaves one.
     is_list = len(split_names(names)) > 1 or "all" in names
+    if not is_list and any(map(names_defense, options)):
+        options = dict(options_by_name(defenses, options).get(defenses[0], {}))
     if not (is_list or dry_run or form):
         _defend_once(parent, PartSpec(defenses[0], options), as_json=as_json, quiet=quiet, **given)
         return

@@ -54,7 +54,11 @@ its classes by number and name.
 )
 @click.option("--data-root", metavar="DIR", help="For a data set: its folder, to list the classes.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model or data set."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the model or data set, with or without KIND. in front.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -81,9 +85,9 @@ def command(
     image = {**IMAGE, **sizes}
     info = _describe(kind, name)
     if kind == "model":
-        info |= _sizes(name, recipe or RECIPE, image, chain_options(settings))
+        info |= _sizes(name, recipe or RECIPE, image, _options(kind, name, settings))
     if kind == "dataset":
-        options = chain_options(settings) | ({} if data_root is None else {"root": data_root})
+        options = _options(kind, name, settings) | ({} if data_root is None else {"root": data_root})
         info["classes"] = _class_names(name, options)
     if as_json:
         echo(json.dumps(info, indent=2))
@@ -100,6 +104,14 @@ def _check_flags(kind: str, recipe: str | None, data_root: str | None, settings:
         raise ConfigError.expected("--data-root", "a data set to go with it", data_root)
     if recipe is not None and kind != "model":
         raise ConfigError.expected("--recipe", "KIND model with it", recipe)
+
+
+def _options(kind: str, name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options in `--set`. The keys may begin with the kind, as for `bbmoe attack`."""
+    options = chain_options(settings)
+    if kind in REGISTRIES[kind].options(name) or not isinstance(options.get(kind), dict):
+        return options
+    return {**options.pop(kind), **options}
 
 
 def _describe(kind: str, name: str) -> dict[str, Any]:

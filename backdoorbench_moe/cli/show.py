@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     metavar="NAME,..",
     help="Columns to print: run, status, data, model, trigger, applicator, attack, gate, experts, poison, "
     "defense, seed, epochs, a metric such as asr, or a dotted key such as train.lr or timing.total_seconds.  "
-    "[settings and recorded metrics]",
+    "[settings, others in which the runs differ, and recorded metrics]",
 )
 @click.option(
     "--sort",
@@ -41,7 +41,7 @@ def command(
 
     One run is shown with its settings, metrics, history and environment. Several runs are shown in one table; values
     that all of them share are printed once above it, and columns that do not fit into the terminal in further tables
-    below it.
+    below it. Up to four other settings in which the runs differ, such as train.lr, are columns as well.
     """
     from backdoorbench_moe.cli.tables.show import sort_runs, split_keys
 
@@ -54,10 +54,13 @@ def command(
     from rich.console import Console
 
     from backdoorbench_moe.cli.tables import show as show_table
-    from backdoorbench_moe.cli.tables.show_columns import choose_columns
+    from backdoorbench_moe.cli.tables.show_columns import choose_columns, omitted_settings
 
+    omitted = omitted_settings(shown) if keys is None else None
     if markdown:
         echo(show_table.markdown_table(choose_columns(keys, shown, intervals=True), shown))
+        if omitted:
+            echo(f"\n{omitted}")
         return
     console = Console(highlight=False)
     if len(shown) == 1 and keys is None:
@@ -71,6 +74,8 @@ def command(
         console.print(table)
     if legend := show_table.mark_legend(chosen, shown):
         console.print(legend, markup=False)
+    if omitted:
+        console.print(omitted, markup=False, soft_wrap=True)
     for run in shown:
         if run.record.error:
             text = f"{run.status}: {run.folder.path}: {run.record.error}"

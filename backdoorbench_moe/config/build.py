@@ -20,7 +20,7 @@ from backdoorbench_moe.config.spec import (
     TWIN,
     RunSpec,
 )
-from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader
+from backdoorbench_moe.config.yaml_files import YAML_ERRORS, StrictLoader, yaml_fault
 from backdoorbench_moe.errors import ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.plain import check_plain
 from backdoorbench_moe.plugins import discover
@@ -193,9 +193,7 @@ def _load_own(text: str, origin: str, name: str, model: str) -> Values:
     try:
         values = yaml.load(text, Loader=StrictLoader)
     except YAML_ERRORS as error:
-        raise PluginError(
-            f"{where}: not valid YAML: {' '.join(str(error).split())} (from {origin})"
-        ) from error
+        raise PluginError(f"{where}: not valid YAML: {yaml_fault(error)} (from {origin})") from error
     for key, part in (("models", "a model"), ("attacks", "an attack")):
         named = values.get(key, {}) if isinstance(values, dict) else None
         if not isinstance(named, dict) or not all(isinstance(options, dict) for options in named.values()):

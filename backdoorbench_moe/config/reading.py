@@ -13,6 +13,7 @@ from backdoorbench_moe.config.shorthand import (
     OPTIONAL_PARTS,
     PART_LISTS,
     PARTS,
+    no_part,
     normalise_list,
     normalise_part,
 )
@@ -100,6 +101,6 @@ def _read_part(value: object, where: str, *, optional: bool = False) -> PartSpec
     if where == "attack":
         value = normalise_part(where, value)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError.expected(where, "a name, or a mapping with the key 'name'", value)
+        raise no_part(where, value)
     options = {str(key): item for key, item in value.items() if key != "name"}
     return PartSpec(value["name"], options)

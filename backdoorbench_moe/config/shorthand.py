@@ -10,7 +10,7 @@ from typing import Any
 from backdoorbench_moe.config.merge import Values
 from backdoorbench_moe.errors import BbmoeWarning, ConfigError
 from backdoorbench_moe.kinds import KINDS
-from backdoorbench_moe.plain import plain
+from backdoorbench_moe.plain import PLAIN, plain
 
 # The model on which a trigger is optimised, instead of the victim's.
 SURROGATE = "surrogate"
@@ -50,10 +50,32 @@ def normalise_part(key: str, value: object) -> Values | None:
     if value is None and key in OPTIONAL_PARTS:
         return None
     if not isinstance(value, Mapping):
-        raise ConfigError.expected(key, "a name, or a mapping with the key 'name'", value)
+        raise no_part(key, value)
     if not isinstance(value.get("name", ""), str):
         raise ConfigError.expected(f"{key}.name", "a string", value["name"])
     return dict(value)
+
+
+def no_part(key: str, value: object) -> ConfigError:
+    """Return the error for a value that is neither a name nor a mapping, in one line also for a module.
+
+    Args:
+        key: Key of the part, such as "model" or "defenses[0]".
+        value: The value.
+    """
+    expected = "a name, or a mapping with the key 'name'"
+    if isinstance(value, PLAIN) or type(value) in (list, tuple, set, dict):
+        return ConfigError.expected(key, expected, value)
+    got = f"the class {value.__name__}" if isinstance(value, type) else _kind_of(value)
+    hint = "a part of your own needs a plug-in (see `bbmoe plugin new --help`)"
+    return ConfigError(f"{key}: expected {expected}, got {got}; {hint}")
+
+
+def _kind_of(value: object) -> str:
+    """Return the class of an object; torch is not imported, so a module is recognised by its methods."""
+    is_module = hasattr(value, "state_dict") and hasattr(value, "forward")
+    name = type(value).__name__
+    return f"a {name} module" if is_module else f"an object of class {name}"
 
 
 def read_rate(key: str, value: object) -> object:

@@ -14,6 +14,8 @@ from backdoorbench_moe.options import convert_fields
 # The steps of `augment`; `ops.augmentation` implements them.
 AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "erase")
 NO_AUGMENTATION = "none"
+# Far more than any training needs. Larger numbers are slips, whose trainings would not end or not fit into 64 bits.
+MOST_EPOCHS, MOST_IMAGES = 100_000, 1_000_000
 # Keys that were added later. `to_dict` leaves them out if they have their defaults, so that the digests of older specs
 # are unchanged.
 LEFT_OUT_AT_DEFAULT = (
@@ -32,10 +34,10 @@ class TrainSpec:
     """Training settings.
 
     Args:
-        epochs: Number of passes over the training set, at least 1; or 0 for a base or a clean model that is loaded
-            from weights and not trained.
-        batch_size: Number of images in a batch, at least 1. Each batch is one step of the optimizer unless `accumulate`
-            is set; the last batch of an epoch may be smaller.
+        epochs: Number of passes over the training set, from 1 to `MOST_EPOCHS`; or 0 for a base or a clean model that
+            is loaded from weights and not trained.
+        batch_size: Number of images in a batch, from 1 to `MOST_IMAGES`. Each batch is one step of the optimizer unless
+            `accumulate` is set; the last batch of an epoch may be smaller.
         optimizer: "sgd" or "adamw".
         lr: Peak learning rate, above 0.
         momentum: Momentum of SGD, in [0, 1); ignored by AdamW.
@@ -58,11 +60,11 @@ class TrainSpec:
         freeze: Patterns for the names of parameters that are not trained, such as "network.layer1.*"; "*" matches any
             text. A batch norm whose parameters are all frozen also keeps its statistics. Attacks and defenses that
             fine-tune the model afterwards train these parameters as well.
-        accumulate: Number of batches whose gradients are accumulated for one step of the optimizer, at least 1. The
-            step is that of one batch of the combined size, with the memory use of a single batch. It is equal up to
-            rounding for the plain cross-entropy and models without batch statistics or randomness. Losses of attacks
-            and defenses, and auxiliary losses of routed layers, are averaged over the batches, weighted by number of
-            images.
+        accumulate: Number of batches whose gradients are accumulated for one step of the optimizer, from 1 to
+            `MOST_IMAGES`. The step is that of one batch of the combined size, with the memory use of a single batch. It
+            is equal up to rounding for the plain cross-entropy and models without batch statistics or randomness.
+            Losses of attacks and defenses, and auxiliary losses of routed layers, are averaged over the batches,
+            weighted by number of images.
 
     Raises:
         ConfigError: A value is out of range.
@@ -88,9 +90,9 @@ class TrainSpec:
     def __post_init__(self) -> None:
         convert_fields(self, "train.", (item.name for item in fields(self)))
         checks = {
-            "epochs": (self.epochs >= 0, "at least 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "accumulate": (self.accumulate >= 1, "at least 1"),
+            "epochs": (0 <= self.epochs <= MOST_EPOCHS, f"an integer from 0 to {MOST_EPOCHS}"),
+            "batch_size": (1 <= self.batch_size <= MOST_IMAGES, f"an integer from 1 to {MOST_IMAGES}"),
+            "accumulate": (1 <= self.accumulate <= MOST_IMAGES, f"an integer from 1 to {MOST_IMAGES}"),
             "lr": (0 < self.lr < float("inf"), "a positive number"),
             "momentum": (0 <= self.momentum < 1, "a number in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < float("inf"), "a number of at least 0"),

@@ -61,11 +61,23 @@ def load_yaml(path: Path, what: str = "config file") -> Values:
     except OSError as error:
         raise ConfigError(f"{what} {path}: {error.strerror}") from error
     except YAML_ERRORS as error:
-        raise ConfigError(f"{what} {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{what} {path}: not valid YAML: {yaml_fault(error)}") from error
     check_plain(values, f"{what} {path}")
     if not isinstance(values, dict):
         raise ConfigError.expected(f"{what} {path}", "a mapping", values)
     return values
+
+
+def yaml_fault(error: Exception) -> str:
+    """Return what one of `YAML_ERRORS` says, in one line, with the line and column but without the name of the text.
+
+    PyYAML calls every text "<unicode string>", and the messages of the callers name the file. The line itself, which
+    PyYAML repeats with a mark below it, cannot be read without its line break.
+    """
+    text = re.sub(
+        r'\s+in "<[^"]*>", (line \d+, column \d+|position \d+)(:\n.*\n *\^)?', r" at \1", str(error)
+    )
+    return ": ".join(" ".join(line.split()) for line in text.splitlines())
 
 
 def parse_setting(text: str) -> Values:

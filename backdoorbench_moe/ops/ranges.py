@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from backdoorbench_moe.config.train import MOST_EPOCHS
 from backdoorbench_moe.errors import ConfigError
 
 # Far more runs than anyone trains; lists of more would fill the memory before the first run starts.
 MOST_REPEATS = 10_000
+# The bound of numbers without a bound of their own. Larger ones are slips, and may exceed the integers of PyTorch.
+LARGEST = 1_000_000_000
 
 
 def check_integer(name: str, number: int | None, at_least: int = 0, at_most: int | None = None) -> None:
-    """Raise ConfigError if a number, such as a number of epochs, is too small or too large; None is allowed."""
+    """Raise ConfigError if a number, such as a number of steps, is too small or too large; None is allowed.
+
+    Without `at_most`, numbers of epochs are at most `MOST_EPOCHS`, and others at most `LARGEST`.
+    """
     if number is None:
         return
     if at_most is not None and not at_least <= number <= at_most:
         raise ConfigError.expected(name, f"an integer from {at_least} to {at_most}", number)
     if number < at_least:
         raise ConfigError.expected(name, f"an integer of at least {at_least}", number)
+    most = MOST_EPOCHS if name.endswith("epochs") else LARGEST
+    if at_most is None and number > most:
+        raise ConfigError.expected(name, f"an integer of at most {most}", number)
 
 
 def check_repeats(name: str, repeats: int) -> None:

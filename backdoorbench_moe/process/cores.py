@@ -6,6 +6,8 @@ import os
 
 # PyTorch ends the process, without an error, if the system cannot start so many threads.
 MOST_THREADS = 1024
+# The largest number of parallel runs, each of which is a process.
+MOST_WORKERS = 1024
 
 
 def usable_cores() -> set[int]:

@@ -48,7 +48,7 @@ def test_no_cluster_to_be_part_of(tmp_path, monkeypatch) -> None:
 
 def test_options_that_cannot_be(monkeypatch) -> None:
     for options, message in (
-        ({"workers": 0}, "--workers: expected at least 1, got 0"),
+        ({"workers": 0}, "--workers: expected an integer from 1 to 1024, got 0"),
         ({"gpus_per_run": 0.0}, r"--gpus-per-run: expected a number above 0, at most 1, got 0\.0"),
         ({"gpus_per_run": 2.0}, "--gpus-per-run: expected a number above 0"),
         ({"address": "somewhere"}, "--address: expected auto, host:port or ray://host:port, got 'somewhere'"),

@@ -272,7 +272,7 @@ def test_what_is_no_budget(text) -> None:
 def test_engines_by_name() -> None:
     with pytest.raises(UnknownNameError, match="--engine: unknown 'lokal'; did you mean 'local'"):
         make_engine("lokal")
-    with pytest.raises(ConfigError, match="--workers: expected at least 1, got -1"):
+    with pytest.raises(ConfigError, match="--workers: expected an integer from 1 to 1024, got -1"):
         make_engine("local", workers=-1)
 
 

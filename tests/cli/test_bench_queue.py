@@ -77,6 +77,7 @@ BAD = {
     "budget": (["queue.yaml", "--budget", "soon"], "--budget: expected a time"),
     "results": (["queue.yaml", "--results", "part.yaml"], "--results part.yaml: expected a folder, found a file"),
     "nice": (["queue.yaml", "--nice", "20"], "Invalid value for '--nice'"),
+    "workers": (["queue.yaml", "--workers", "0", "--dry-run"], "--workers: expected an integer from 1 to 1024"),
     "nothing": ([], "Missing argument 'FILE'"),
 }  # fmt: skip
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from fake_runs import PART, fill, part_suite
+from fake_runs import PART, fill, finished, part_suite, write
 
+from backdoorbench_moe.bench.running.worker import Outcome
+from backdoorbench_moe.bench.suites.suite import order
 from backdoorbench_moe.cli.app import bbmoe
+from backdoorbench_moe.cli.bench.display import make_display
 from backdoorbench_moe.errors import BbmoeError
 
 
@@ -151,3 +155,16 @@ def test_compare(place) -> None:
         run(place, "compare", str(place / "part.yaml"), "--only-b", "applicator=pach")
     with pytest.raises(BbmoeError, match="--metric: metric: unknown 'acc'"):
         run(place, "compare", str(place / "part.yaml"), "--metric", "acc")
+
+
+def test_a_line_for_each_run_counts_those_that_were_finished_before(tmp_path, capsys) -> None:
+    suite = part_suite()
+    specs = list(order(suite))
+    for spec in specs[:3]:
+        write(tmp_path, finished(spec))
+    with make_display(suite, tmp_path, {specs[3].digest}, quiet=False) as display:
+        for spec in specs[4:]:
+            display.on_outcome(Outcome(spec.name, "finished"))
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"finished: {specs[4].name} \(5 of {len(specs)}, after .*\)", first)
+    assert f"({len(specs)} of {len(specs)}, after" in last

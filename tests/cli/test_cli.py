@@ -162,6 +162,8 @@ def test_a_read_only_output(bbmoe, tmp_path) -> None:
         (["show", "/nowhere"], "expected a folder with a record.json"),
         (["atack"], "Did you mean 'attack'"),
         (["info", "model", "pmoe", "--set", "num_classes=3"], "option: unknown 'num_classes'"),
+        (["info", "model", "pmoe", "--set", "model.expert=3"], "option: unknown 'expert'"),
+        (["info", "model", "pmoe", "--set", "dataset.root=."], "option: unknown 'dataset'"),
         (["info", "trigger", "warp", "--set", "seed=3"], "--set: expected an option of a model"),
         (["info", "model", "pmoe", "--data-root", "."], "--data-root: expected a data set to go with it"),
         (

@@ -310,7 +310,12 @@ BAD = {
         ["--defense", "strip,reroute", "--set", "strip.blend_s=1"],
         "option: unknown 'blend_s'; did you mean 'blends'",
     ),
-    "not listed": (["--defense", "strip,reroute", "--set", "rasa.epochs=1"], "unknown 'rasa'"),
+    "not listed": (
+        ["--defense", "strip,reroute", "--set", "rasa.epochs=1"],
+        "--set: expected a defense chosen with --defense (strip, reroute) before the first dot, got 'rasa'",
+    ),
+    "not chosen": (["--defense", "strip", "--set", "rasa.epochs=1"], "(strip) before the first dot, got 'rasa'"),
+    "of its own": (["--defense", "strip", "--set", "strip.blend_s=1"], "'strip': option: unknown 'blend_s'"),
     "no option": (["--defense", "strip,reroute", "--set", "strip=1"], "--set: expected strip.OPTION=VALUE"),
     "out of range": (["--defense", "all", "--set", "reroute.threshold=2"], "defense 'reroute': threshold: expected"),
     "format": (["--defense", "all", "--format", "pdf"], "Invalid value for '--format'"),

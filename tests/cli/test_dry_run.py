@@ -128,3 +128,20 @@ def test_weights_that_do_not_match_are_the_error_that_the_attack_would_end_with(
     code, out, err = found
     assert (code, out) == (2, "") and err.startswith(f"bbmoe: error: weights {file}: do not match the model")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers: expected an integer from 1 to 1024, got 0"),
+        (["--engine", "lokal"], "--engine: unknown 'lokal'; did you mean 'local'"),
+        (["--address", "auto"], "--address: expected --engine ray with it, got 'auto'"),
+        (["--gpus-per-run", "0.5"], "--gpus-per-run: expected --engine ray with it, got 0.5"),
+        (["--output", "file"], "--output: expected a folder, got 'file', where file is a file"),
+    ],
+)
+def test_what_bench_run_would_refuse_is_refused(bbmoe, tmp_path, monkeypatch, flags, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, out, err = bbmoe("bench", "run", "smoke", *flags, "--dry-run")
+    assert (code, out) == (2, "") and message in err

@@ -202,3 +202,9 @@ def test_help_texts_name_every_kind(bbmoe, kind, words) -> None:
 def test_sizes_of_images_are_refused_where_there_are_none(bbmoe, words) -> None:
     code, _, said = bbmoe("info", *words)
     assert code == 2 and f"{words[2]}: expected an image model to go with it, got {words[3]}" in said
+
+
+def test_options_may_begin_with_the_kind(bbmoe) -> None:
+    words = ["info", "model", "wide_resnet", "--json", "--set"]
+    plain = bbmoe(*words, "widen_factor=2")
+    assert plain[0] == 0 and bbmoe(*words, "model.widen_factor=2") == plain

@@ -96,11 +96,9 @@ def test_what_is_equal_is_said_once(bbmoe, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("extra", [[], ["--markdown"]])
-def test_runs_that_differ_only_in_a_setting_without_a_column_show_their_folders(
-    bbmoe, tmp_path, extra
-) -> None:
-    for lr in (0.1, 0.2):
-        write(tmp_path, finished(build_spec({"train": {"lr": lr}}), ba=9000, asr=9000))
+def test_runs_that_differ_only_in_what_is_no_column_show_their_folders(bbmoe, tmp_path, extra) -> None:
+    for probe in (0, 8):
+        write(tmp_path, finished(build_spec({"probe": probe}), ba=9000, asr=9000))
     folders = {path.name for path in tmp_path.iterdir()}
     code, out, _ = bbmoe("show", tmp_path, *extra, width=200)
     assert code == 0 and folders <= set(out.split())
@@ -108,6 +106,62 @@ def test_runs_that_differ_only_in_a_setting_without_a_column_show_their_folders(
     write(tmp_path / "seeds", finished(build_spec({"seed": 1}), ba=9000, asr=9000))
     code, out, _ = bbmoe("show", tmp_path / "seeds", *extra, width=200)
     assert code == 0 and "signs-" not in out
+
+
+def headings(text: str) -> list[str]:
+    """The headings of a Markdown table."""
+    return [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "columns"),
+    [
+        ({"train": {"lr": 0.1}}, {"train": {"lr": 0.2}, "seed": 1}, {"train.lr": ["0.1", "0.2"]}),
+        ({}, {"train": {"accumulate": 4}}, {"train.accumulate": ["1", "4"]}),
+        ({}, {"model": {"name": "pmoe", "experts": 4}}, {"model.experts": ["–", "4"]}),
+        ({"poison": {"target": 1}}, {"poison": {"target": 2}}, {"poison.target": ["1", "2"]}),
+        ({}, {"dataset": {"root": "/data"}, "device": "cpu", "recipe": "paper"}, None),
+        ({}, {"model": {"name": "wide_resnet", "depth": 16}}, {}),
+    ],
+)
+def test_other_settings_that_differ_are_columns(bbmoe, tmp_path, first, second, columns) -> None:
+    keys = {"recipe": "quick", "seed": 0}
+    for number, values in enumerate((first, second)):
+        write(tmp_path / str(number), finished(build_spec({**keys, **values}), ba=9000, asr=9000))
+    code, out, _ = bbmoe("show", tmp_path / "0", tmp_path / "1", "--markdown")
+    assert code == 0
+    if columns is None:  # Other settings of the recipes differ, but neither the path nor the device is shown.
+        assert not {"dataset.root", "device", "recipe"} & set(headings(out))
+        return
+    found = dict(zip(headings(out), zip(*rows(out), strict=True), strict=True))
+    assert {key: list(value) for key, value in found.items() if "." in key} == columns
+
+
+def test_a_clean_twin_adds_no_columns(bbmoe, tmp_path) -> None:
+    spec = build_spec({"poison": {"target": 3}, "probe": 4})
+    for each in (spec, clean_twin(spec)):
+        write(tmp_path, finished(each, ba=9000))
+    assert not [name for name in headings(bbmoe("show", tmp_path, "--markdown")[1]) if "." in name]
+
+
+def test_the_number_of_further_differing_settings_is_said(bbmoe, tmp_path) -> None:
+    train = {
+        "lr": 0.2,
+        "momentum": 0.5,
+        "weight_decay": 0.1,
+        "batch_size": 64,
+        "gamma": 0.2,
+        "clip_grad": 1.0,
+    }
+    for values in ({}, train):
+        write(tmp_path, finished(build_spec({"train": values}), ba=9000, asr=9000))
+    for extra in ([], ["--markdown"]):
+        out = bbmoe("show", tmp_path, *extra, width=200)[1]
+        assert (
+            out.splitlines()[-1]
+            == "2 more settings differ, such as train.gamma; --columns prints chosen ones"
+        )
+    assert "differ" not in bbmoe("show", tmp_path, "--columns", "seed")[1]
 
 
 def test_metrics_that_no_run_has_are_no_columns(bbmoe, tmp_path) -> None:

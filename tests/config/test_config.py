@@ -125,8 +125,10 @@ BAD = [
     ({"poison": {"mapping": "all-to-all", "labels": "clean"}}, r"poison\.mapping"),
     ({"poisson": {}}, r"unknown 'poisson'; did you mean 'poison'"),
     ({"train": {"epoch": 3}}, r"train: key: unknown 'epoch'; did you mean 'epochs'"),
-    ({"train": {"accumulate": 0}}, r"train\.accumulate: expected at least 1, got 0"),
-    ({"train": {"epochs": -1}}, r"train\.epochs: expected at least 0, got -1"),
+    ({"train": {"accumulate": 0}}, r"train\.accumulate: expected an integer from 1 to 1000000, got 0"),
+    ({"train": {"epochs": -1}}, r"train\.epochs: expected an integer from 0 to 100000, got -1"),
+    ({"train": {"epochs": 10**24}}, r"train\.epochs: expected an integer from 0 to 100000, got 10{24}$"),
+    ({"train": {"batch_size": 10**9}}, r"train\.batch_size: expected an integer from 1 to 1000000, got"),
     (
         {"train": {"epochs": 0}},
         r"train\.epochs: expected at least 1, as the model has no initial weights, got 0",
@@ -180,8 +182,12 @@ def test_yaml_files(tmp_path) -> None:
     spec = build_spec(load_yaml(file))
     assert isinstance(spec, RunSpec)
     assert (spec.model.name, spec.poison.rate) == ("wide_resnet", 0.01)
-    file.write_text("a: [1")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    file.write_text("a: [1,\nb: 3")
+    message = (
+        r"not valid YAML: while parsing a flow sequence at line 1, column 4: expected ',' or '\]', "
+        r"but got '<stream end>' at line 2, column 5$"
+    )
+    with pytest.raises(ConfigError, match=message):
         load_yaml(file)
     file.write_text("just text")
     with pytest.raises(ConfigError, match="expected a mapping"):

@@ -246,3 +246,10 @@ def test_tuples_that_a_checkpoint_uses_again_are_read(tmp_path) -> None:
     for name, written in (("a.pt", saved(content)), ("b.pt", legacy(content))):
         (tmp_path / name).write_bytes(written)
         assert equal(read_weights(tmp_path / name).tensors)
+
+
+def test_a_file_that_was_cut_off_is_called_incomplete(tmp_path) -> None:
+    file = tmp_path / "cut.pth"
+    file.write_bytes(saved(GOOD)[:-100])
+    with pytest.raises(RecordError, match=r"cut\.pth: seems to be incomplete or damaged: "):
+        read_weights(file)

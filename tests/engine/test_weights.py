@@ -218,3 +218,28 @@ def test_every_model_of_ours_says_which_weights_are_its_head(name) -> None:
     model = create_model(name)
     heads = head_names(model)
     assert heads and all(model.state_dict()[each].shape[0] == 10 for each in heads)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(3.0, 3), (70000.0, 0), (2.5, None), (float("nan"), None)])
+def test_counters_that_were_cast_with_all_weights(count, kept) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    given = {name: value.half() for name, value in model.state_dict().items()}
+    given["0.num_batches_tracked"] = torch.tensor(count).half()  # 70000 becomes infinite.
+    if kept is None:
+        with pytest.raises(
+            RecordError, match=r"0\.num_batches_tracked: expected torch.int64, got torch.float16"
+        ):
+            fit(model, given)
+        return
+    assert fit(model, given) == ("weights of type torch.float16 were converted to torch.float32",)
+    assert model.state_dict()["0.num_batches_tracked"].item() == kept
+
+
+def test_values_that_are_refused_are_named_as_in_the_file() -> None:
+    for value, message in (
+        (torch.full((3,), torch.nan), "expected finite numbers"),
+        (torch.ones(3, dtype=torch.int64), "expected torch.float32, got torch.int64"),
+    ):
+        tensors = timm.create_model("test_resnet", num_classes=3).state_dict() | {"fc.bias": value}
+        with pytest.raises(RecordError, match=rf": fc\.bias: {message}"):
+            fit(create_model("timm:test_resnet", num_classes=3), tensors)

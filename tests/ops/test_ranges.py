@@ -29,3 +29,12 @@ def test_integers() -> None:
         check_integer("steps", number, 2)
     with pytest.raises(ConfigError, match="steps: expected an integer of at least 2, got 1"):
         check_integer("steps", 1, 2)
+
+
+def test_integers_without_a_bound_of_their_own_have_one() -> None:
+    check_integer("epochs", 100_000)
+    check_integer("steps", 1_000_000_000)
+    with pytest.raises(ConfigError, match="gate_epochs: expected an integer of at most 100000, got 100001"):
+        check_integer("gate_epochs", 100_001)
+    with pytest.raises(ConfigError, match="steps: expected an integer of at most 1000000000, got"):
+        check_integer("steps", 10**24)

@@ -53,12 +53,16 @@ def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
             that have it. Options of a single defense take precedence.
 
     Raises:
-        UnknownNameError: A key is neither one of these defenses nor an option of any of them.
+        ConfigError: A key is a defense that is not one of these.
+        UnknownNameError: A key is neither a defense nor an option of any of these.
     """
     known = {name: _known_options(name) for name in names}
     shared = {key: value for key, value in values.items() if key not in known}
     for key in shared:
         if not any(key in options for options in known.values()):
+            if names_defense(key):
+                chosen = f"a defense chosen with --defense ({', '.join(names)})"
+                raise ConfigError.expected("--set", f"{chosen} before the first dot", key)
             raise UnknownNameError(
                 "--set: defense or option", key, {*known, *(o for each in known.values() for o in each)}
             )
@@ -70,6 +74,11 @@ def options_by_name(names: Sequence[str], values: Mapping[str, Any]) -> Options:
         if given := {**{key: value for key, value in shared.items() if key in options}, **own}:
             found[name] = given
     return found
+
+
+def names_defense(key: str) -> bool:
+    """Whether a key of `--set` is the name of a defense, chosen or not."""
+    return key in defenses.registry.names()
 
 
 def _takes_texts(name: str) -> bool:

@@ -40,7 +40,7 @@ def make_display(suite: Suite, output: Path, known: Collection[str] = (), *, qui
     """
     if quiet:
         return Display(suite)
-    return LiveDisplay(suite, output, known) if sys.stderr.isatty() else LineDisplay(suite)
+    return LiveDisplay(suite, output, known) if sys.stderr.isatty() else LineDisplay(suite, output, known)
 
 
 class Display(AbstractContextManager["Display"]):
@@ -78,16 +78,19 @@ class Display(AbstractContextManager["Display"]):
 class LineDisplay(Display):
     """Prints a line for every run that has ended."""
 
-    def __init__(self, suite: Suite) -> None:
+    def __init__(self, suite: Suite, output: Path, known: Collection[str] = ()) -> None:
         super().__init__(suite)
         self._started = time.perf_counter()
-        self._ended = 0
+        runs = read_plan(list(order(suite)), output, known)
+        self._total = len(runs)
+        # Runs that were finished before count as well, so that the numbers end at the total.
+        self._ended = sum(run.status == "finished" for run in runs)
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Print status, name and time of the run."""
         self._ended += 1
         passed = say_time(time.perf_counter() - self._started)
-        text = f"{outcome.status}: {outcome.name} ({self._ended}, after {passed})"
+        text = f"{outcome.status}: {outcome.name} ({self._ended} of {self._total}, after {passed})"
         self.console.print(text, markup=False, soft_wrap=True)
 
 

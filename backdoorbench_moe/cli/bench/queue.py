@@ -86,10 +86,10 @@ def command(
 
     seconds = None if budget is None else parse_budget(budget)
     entries = read_queue(file)
+    engine = make_engine(workers=workers, device=device, threads=threads)  # Refuses its options.
     if dry_run:
         _print_plan(entries, output, results, data_root, device, usage, quiet=quiet)
         return
-    engine = make_engine(workers=workers, device=device, threads=threads)
     if isinstance(engine, LocalEngine) and not engine.gpus and threads is None:
         warn_of_busy_cores(engine.workers * engine.threads_each, usage)
     os.nice(nice)  # Inherited by the processes of the engine.

@@ -104,13 +104,13 @@ def command(
     suite = with_place(suite, {key: value for key, value in given.items() if value is not None}, device)
     seconds = None if budget is None else parse_budget(budget)
     known = read_known(beside)
+    maker = _make_engine(device, **engine)  # Refuses its options, before anything is measured.
     if dry_run:
         _print_plan(suite, output, known, usage, quiet=quiet)
         return
     from backdoorbench_moe.bench.running.engines.local import LocalEngine
     from backdoorbench_moe.cli.bench.display import make_display
 
-    maker = _make_engine(device, **engine)
     if isinstance(maker, LocalEngine) and not maker.gpus and engine["threads"] is None:
         warn_of_busy_cores(maker.workers * maker.threads_each, usage)
     with make_display(suite, output, known, quiet=quiet) as display:
@@ -146,9 +146,12 @@ def _print_plan(
     from backdoorbench_moe.bench.running.run import check, estimate
     from backdoorbench_moe.bench.suites.suite import order
     from backdoorbench_moe.cli.tables.plan import PlanProgress, plan_table, total_line
+    from backdoorbench_moe.paths import check_output
 
     runs = read_plan(list(order(suite)), output, known)
     missing = [run for run in runs if run.status != "finished"]
+    if missing:
+        check_output(output, "--output", ())
     with PlanProgress(quiet=quiet) as progress:
         check(suite, [run.spec for run in missing], output, progress.on_check)
         planned = list(estimate(runs, progress.on_time))

@@ -12,6 +12,7 @@ from backdoorbench_moe.bench.tables.record_metrics import (
     is_of_collapsed_model,
     with_base,
 )
+from backdoorbench_moe.cli.tables.other_settings import differing_settings, other_settings
 from backdoorbench_moe.collapse import MARK, MARKED
 from backdoorbench_moe.config.spec import DEFAULT_ATTACK
 from backdoorbench_moe.errors import UnknownNameError
@@ -22,6 +23,8 @@ from backdoorbench_moe.records.sharing import without_folders
 NONE = "–"
 # Settings whose column is omitted if no run has a value.
 HIDDEN = ("attack", "gate", "experts", "defense")
+# The largest number of columns for other settings in which the runs differ.
+MOST_OTHERS = 4
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
     Args:
         keys: Names of settings such as "seed"; metrics such as "asr", "task/2.ba", "pruned.asr" (after a stage of a
             defense) or "seconds"; or dotted keys of the spec or the record such as "train.lr" or
-            "timing.total_seconds". None for all settings, and for the metrics that the runs' records hold, except those
-            of single tasks of mixtures; then the names of the folders are included if two runs have the same values.
+            "timing.total_seconds". None for all settings, for up to `MOST_OTHERS` other settings in which the runs
+            differ, and for the metrics that the runs' records hold, except those of single tasks of mixtures; then the
+            names of the folders are included if two runs have the same settings.
         runs: The runs to be shown.
         intervals: Whether to print metrics with their 95% interval.
 
@@ -80,10 +84,38 @@ def choose_columns(keys: Sequence[str] | None, runs: Sequence[ShownRun], *, inte
     measured -= _task_metrics(runs)
     hidden = {name for name in HIDDEN if all(settings[name].value(run) is None for run in runs)} | {"run"}
     shown = [column for key, column in settings.items() if key not in hidden]
+    shown += _others(runs)
     if len({tuple(column.text(run) for column in shown) for run in runs}) < len(runs):
-        # Some runs differ only in a setting without a column, such as train.lr.
+        # Some runs differ only in what is no column, such as the probe.
         shown.insert(0, settings["run"])
     return shown + [_metric(one, intervals=intervals) for one in sort_metrics(measured)]
+
+
+def omitted_settings(runs: Sequence[ShownRun]) -> str | None:
+    """Return a line on the settings in which runs differ, but for which `choose_columns` had no column left."""
+    left = _differing(runs)[MOST_OTHERS:]
+    if not left:
+        return None
+    what = "setting differs" if len(left) == 1 else "settings differ"
+    return f"{len(left)} more {what}, such as {left[0]}; --columns prints chosen ones"
+
+
+def _differing(runs: Sequence[ShownRun]) -> list[str]:
+    return differing_settings([run.record for run in runs])
+
+
+def _others(runs: Sequence[ShownRun]) -> list[Column]:
+    """Return columns for the other settings in which the runs differ."""
+    # Read once for each run, as parsing a spec for each cell takes seconds for hundreds of runs.
+    settings = {id(run): other_settings(run.record) for run in runs}
+
+    def column(key: str) -> Column:
+        def value(run: ShownRun) -> Any:
+            return settings[id(run)].get(key)
+
+        return Column(key, key, value, _text_of(value))
+
+    return [column(key) for key in _differing(runs)[:MOST_OTHERS]]
 
 
 def _task_metrics(runs: Sequence[ShownRun]) -> set[str]:

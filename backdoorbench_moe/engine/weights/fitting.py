@@ -59,12 +59,13 @@ def fit_weights(
     if head != "keep":
         tensors, more = _leave_head(model, own, tensors, always=head == "new")
         notes += more
-    kept = {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(COUNTER)}
+    counters = [name for name in own if name.endswith(COUNTER)]
+    kept = {name: own[name] for name in counters if name not in tensors or _is_infinite(tensors[name])}
     tensors = {**tensors, **kept}
     if faults := _misfits(own, tensors, shown):
         why = _other_classes(model, own, tensors) + _small_stem(model, own, tensors)
         raise RecordError(f"weights {weights.file}: do not match the model: {faults}{why}")
-    changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model))
+    changed, more = _convert(replace(weights, tensors=tensors), own, _must_be_finite(model), shown)
     model.load_state_dict(changed)
     return (*weights.notes, *notes, *more)
 
@@ -182,7 +183,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _convert(
-    weights: Weights, own: Mapping[str, Tensor], finite: set[str]
+    weights: Weights, own: Mapping[str, Tensor], finite: set[str], shown: Callable[[str], str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Convert tensors with the correct shapes to the data types of the model.
 
@@ -190,23 +191,37 @@ def _convert(
         weights: The weights.
         own: The model's state dict.
         finite: Names of the tensors that must not contain infinity. No tensor may contain NaN.
+        shown: Converts a name of the model to that in the file, for error messages.
     """
     converted, kinds = {}, {}
     for name, tensor in weights.tensors.items():
         wanted = own[name].dtype
-        if _kind(tensor.dtype) != _kind(wanted):
-            raise RecordError(f"weights {weights.file}: {name}: expected {wanted}, got {tensor.dtype}")
-        if tensor.dtype != wanted:
+        where = f"weights {weights.file}: {_printable(shown(name))}"
+        if _kind(tensor.dtype) != _kind(wanted) and not _holds_integers(tensor, wanted):
+            raise RecordError(f"{where}: expected {wanted}, got {tensor.dtype}")
+        if tensor.dtype != wanted and _kind(tensor.dtype) == _kind(wanted):
             kinds[tensor.dtype] = wanted
         converted[name] = values = tensor.detach().to(wanted, copy=True)
         if not values.is_floating_point():
             continue
         if values.isnan().any() or (name in finite and values.isinf().any()):
-            raise RecordError(
-                f"weights {weights.file}: {name}: expected finite numbers, found NaN or infinity"
-            )
+            raise RecordError(f"{where}: expected finite numbers, found NaN or infinity")
     notes = (f"weights of type {given} were converted to {wanted}" for given, wanted in kinds.items())
     return converted, tuple(notes)
+
+
+def _is_infinite(counter: Tensor) -> bool:
+    """Whether a counter was too large for the float type to which it was cast: float16 ends at 65504."""
+    return counter.is_floating_point() and counter.numel() == 1 and bool(counter.isinf().any())
+
+
+def _holds_integers(tensor: Tensor, wanted: torch.dtype) -> bool:
+    """Whether floats can be converted to an integer type: casting a whole state dict also casts its counters."""
+    if not tensor.is_floating_point() or _kind(wanted) != "integer":
+        return False
+    # 2 ** 53 is the largest float64 below which all integers are represented.
+    values = tensor.double()
+    return bool((values.isfinite() & (values == values.round()) & (values.abs() < 2**53)).all())
 
 
 def _kind(dtype: torch.dtype) -> str:

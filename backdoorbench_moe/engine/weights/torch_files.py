@@ -43,7 +43,10 @@ def check_zip(file: Path, size: int) -> None:
                     file, f"its data.pkl has {pickles[0].file_size:,} bytes (at most {LARGEST_HEADER:,})"
                 )
             content = archive.read(pickles[0])
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except zipfile.BadZipFile as error:
+        # The file begins as a zip file, whose directory is at the end: the usual cause is a download that broke off.
+        raise refusal(file, f"seems to be incomplete or damaged: {first_line(error)}") from error
+    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise refusal(file, f"is not a valid zip file: {first_line(error)}") from error
     check_pickle(file, io.BytesIO(content), largest=None)
 

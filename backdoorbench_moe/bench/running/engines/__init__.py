@@ -8,7 +8,7 @@ from typing import Protocol
 from backdoorbench_moe.bench.running.worker import Job, Outcome
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.ops.ranges import check_integer
-from backdoorbench_moe.process.cores import MOST_THREADS
+from backdoorbench_moe.process.cores import MOST_THREADS, MOST_WORKERS
 
 ENGINES = ("local", "ray")
 
@@ -49,6 +49,7 @@ def make_engine(
         ConfigError: An option belongs to another engine, or a requirement of the engine is missing.
     """
     check_integer("--threads", threads, 1, MOST_THREADS)
+    check_integer("--workers", workers, 1, MOST_WORKERS)
     if name == "local":
         from backdoorbench_moe.bench.running.engines.local import LocalEngine, visible_gpus
 
