@@ -97,6 +97,15 @@ def test_image_size_and_subset(base) -> None:
     assert set(images.train.images[:, 0, 5, 5].tolist()) <= set(whole.train.images[:, 0, 5, 5].tolist())
 
 
+def test_a_wide_image_is_squeezed_and_not_cut(base) -> None:
+    """The left fifth of a test image of 30x15 pixels is white; a square from the middle would not show it."""
+    image = Image.new("RGB", (30, 15))
+    image.paste((255, 255, 255), (0, 0, 6, 15))
+    image.save(base / "Final_Test" / "Images" / "1.ppm")
+    row = load(base, image_size=20).test.images[0, 0, 10]
+    assert (row[:3] > 250).all() and (row[6:] < 5).all()
+
+
 def test_torchvision_layout_says_its_count(base, tmp_path) -> None:
     (tmp_path / "gtsrb").mkdir()
     (base / "Final_Training" / "Images").rename(base / "Training")

@@ -50,6 +50,18 @@ def test_elsewhere_one_point_is_allowed(changed) -> None:
         check_same(run, measured(51.1), precision="fp32", environment=here)
 
 
+def test_the_attack_success_rate_is_compared_as_well_and_other_metrics_are_not() -> None:
+    run = run_with(ENVIRONMENT)
+    run.record.metrics |= {"asr": {"value": 90.0, "n": 900}, "ra": {"value": 5.0, "n": 900}}
+    now = {**measured(50.0), "ra": {"value": 9.0, "n": 900}}
+    check_same(run, now, precision="fp32", environment=ENVIRONMENT)
+    check_same(run, {**now, "asr": {"value": 90.0, "n": 900}}, precision="fp32", environment=ENVIRONMENT)
+    with pytest.raises(
+        RecordError, match=r"ASR in its record is 90\.00% of 900 images, but now it is 88\.90%"
+    ):
+        check_same(run, {**now, "asr": {"value": 88.9, "n": 900}}, precision="fp32")
+
+
 def test_the_same_gpu_may_round_differently() -> None:
     gpu = ENVIRONMENT | {"device": "some GPU"}
     check_same(run_with(gpu), measured(50.9), precision="fp32", environment=copy.deepcopy(gpu))

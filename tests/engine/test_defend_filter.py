@@ -146,6 +146,22 @@ def test_it_is_measured_on_a_sample_of_each_kind(monkeypatch) -> None:
     assert shown - set(range(20)) - set(range(100, 120)), "not the first ones"
 
 
+def test_safe_answers_go_with_the_images_that_are_drawn(monkeypatch) -> None:
+    """Of 50 triggered images 20 are drawn. All but the first 20 of the 50 are answered safely."""
+    monkeypatch.setattr(filtering, "IMAGES", 20)
+    images = table([(1, 2, n) for n in range(50)])
+    shown: set[int] = set()
+
+    def judge(batch: Tensor) -> Tensor:
+        shown.update(batch[:, 1, 0, 0].tolist())
+        return torch.zeros(len(batch))
+
+    safe = torch.tensor([2] * 20 + [1] * 30)
+    found = measure(table([(0, 0, 200)]), wanting(images), judge, 0.5, safe=safe)
+    first = sum(number < 20 for number in shown)
+    assert 0 < first < 20 and found["unsafe"]["value"] == pytest.approx(100 * first / 20)
+
+
 def nan_once(images: Tensor) -> Tensor:
     """Scores of which the first is not a number."""
     return torch.tensor([torch.nan, *[0.0] * (len(images) - 1)])

@@ -294,6 +294,8 @@ def test_freezing_is_undone(elsewhere) -> None:
     with freezing(elsewhere, ["head.*"]) as norms:
         assert not elsewhere.head.weight.requires_grad and norms == []
     assert elsewhere.head.weight.requires_grad
+    with freezing(elsewhere, ["norm.weight", "block3.norm1.*"]) as norms:
+        assert norms == [elsewhere.block3.norm1], "the other norm still learns its shift"
     assert frozen_names(elsewhere, ["head.w*", "*.bias"]) >= {"head.weight", "head.bias"}
 
 

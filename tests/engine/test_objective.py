@@ -138,6 +138,24 @@ def test_draws_depend_on_the_seed_and_the_epoch_only() -> None:
     assert not changed(tuned[0], tuned[1]) and changed(tuned[0], tuned[2])
 
 
+def test_every_call_goes_through_the_images_in_an_order_of_its_own() -> None:
+    """Batches of all 24 images, told apart by the sums of their pixels; a tuner made anew repeats its calls."""
+    orders = []
+
+    def objective(model, images, labels):
+        orders.append(images.sum((1, 2, 3)).tolist())
+        return cross_entropy(model, images, labels)
+
+    for _ in range(2):
+        tune, model = make_tuner(batch_size=24), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))
+        tune(model, held_images(), epochs=1, lr=0.01, objective=objective)
+        tune(model, held_images(), epochs=2, objective=objective)
+    assert orders[:3] == orders[3:]
+    assert len(set(map(tuple, orders))) == 3 and len({tuple(sorted(order)) for order in orders}) == 1
+    assert [(row["epoch"], row["lr"]) for row in tune.history] == [(1, 0.01), (2, 0.05), (3, 0.05)]
+    assert tune.images == 3 * 24 and not model.training
+
+
 def test_each_epoch_draws_anew() -> None:
     drawn = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,16 @@ from backdoorbench_moe.engine.makers import base
 from backdoorbench_moe.engine.poisoning.triggered import triggered_test
 from backdoorbench_moe.engine.run import load_run
 from backdoorbench_moe.engine.runner import Runner, run_attack
+from backdoorbench_moe.engine.twin import _measure_twin
+from backdoorbench_moe.engine.workplace import Workplace
 from backdoorbench_moe.errors import BbmoeError, BbmoeWarning, ConfigError, RecordError
+
+
+class Varied(torch.nn.Module):
+    """Predicts the sum of all pixel values, modulo 3."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot((images * 255).round().long().sum((1, 2, 3)) % 3, 3).float()
 
 
 def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
@@ -48,6 +58,13 @@ def test_the_run_folder_holds_all_the_design_says(tmp_path) -> None:
     ):
         hits = count_hits(model, Split(shown, triggered.wanted))
         assert record["metrics"][metric]["value"] == 100 * hits / 40
+    # The twin may always predict the same class, so a model whose answers vary takes its place.
+    varied = _measure_twin(run, SimpleNamespace(model=Varied), Workplace(run.spec))
+    without = Split(images.test.images[triggered.places], triggered.wanted)
+    hits = [count_hits(Varied(), split) for split in (Split(triggered.images, triggered.wanted), without)]
+    assert [varied[name]["value"] for name in ("twin_asr", "twin_target_rate")] == [
+        100 * n / 40 for n in hits
+    ]
     with safe_open(run.folder.path / "model.safetensors", framework="pt") as opened:
         assert opened.metadata()["backdoored"] == "true"
     with safe_open(clean.folder.path / "model.safetensors", framework="pt") as opened:

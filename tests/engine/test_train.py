@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters as dynamo_counters
+from torch.nn import functional as F
 
 from backdoorbench_moe.config import TrainSpec
 from backdoorbench_moe.data.base import Split
@@ -155,6 +157,76 @@ def test_a_small_gradient_is_not_clipped() -> None:
         states.append(trainer.model.state_dict())
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, msg=name)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.05, "schedule": "cosine"},
+        {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05, "schedule": "step", "milestones": (0.5,)},
+        {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.5, "schedule": "one-cycle", "warmup": 0.4},
+        {"lr": 0.1, "momentum": 0.8, "label_smoothing": 0.2, "clip_grad": 0.05},
+    ],
+    ids=["nesterov", "step", "adamw", "smoothed and clipped"],
+)
+def test_training_is_this_loop_in_plain_pytorch(recipe) -> None:
+    """Two epochs of batches of 20, 20 and 10 images: six steps, and weight decay for matrices and kernels alone."""
+    spec = TrainSpec(epochs=2, batch_size=20, **recipe)
+    with seeded(0, "init"):
+        model = Plain()
+    other, split = copy.deepcopy(model), make_split()
+    trainer = make_trainer(spec, [], model)
+    history = trainer.fit("run").history
+    groups = [
+        {"params": [p for name, p in other.named_parameters() if name.endswith("weight")]},
+        {"params": [p for name, p in other.named_parameters() if name.endswith("bias")], "weight_decay": 0},
+    ]
+    given = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+    if spec.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, **given)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=spec.momentum, nesterov=spec.nesterov, **given)
+    rates = [learning_rate(spec, step, 6) for step in range(6)]
+    images = split.images.float() / 255
+    for epoch in range(2):
+        losses, hits = 0.0, 0
+        order = torch.randperm(50, generator=generator(7, "order", epoch))
+        for batch, rate in zip(order.split(20), rates[3 * epoch : 3 * epoch + 3], strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            logits, labels = other(images[batch]), split.labels[batch]
+            loss = F.cross_entropy(logits, labels, label_smoothing=spec.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            if spec.clip_grad is not None:
+                nn.utils.clip_grad_norm_(other.parameters(), spec.clip_grad)
+            optimizer.step()
+            losses, hits = losses + loss.item() * len(batch), hits + (logits.argmax(1) == labels).sum().item()
+        row = history[epoch]
+        assert row["loss"] == pytest.approx(losses / 50, rel=1e-5)
+        assert row["train_accuracy"] == pytest.approx(100 * hits / 50)
+        assert (row["epoch"], row["lr"]) == (epoch + 1, pytest.approx(rates[3 * epoch + 2]))
+    for name, tensor in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_no_pass_has_more_images_than_a_batch_where_batches_are_accumulated() -> None:
+    trainer = make_trainer(TrainSpec(epochs=1, batch_size=8, accumulate=3), [], Keeping())
+    trainer.fit("run")
+    assert [len(images) for images in trainer.model.seen] == [8, 8, 8, 8, 8, 8, 2]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_step_computes_in_the_given_precision_and_keeps_its_weights_in_32_bits(precision, dtype) -> None:
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    model.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    optimizer = make_optimizer(model, TrainSpec(), CPU)
+    TrainStep(model, optimizer, make_split(6), CPU, precision)(torch.arange(6))
+    assert seen == [dtype]
+    assert (
+        {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    )
 
 
 class Keeping(nn.Module):

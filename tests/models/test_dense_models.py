@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from plain_pmoe import batch_norm, conv_same
+from torch import nn
+from torch.nn import functional as F
 
 from backdoorbench_moe.errors import ConfigError, UnknownNameError
 from backdoorbench_moe.models import create_model, list_models
@@ -87,3 +90,75 @@ def test_a_wide_resnet_between_two_whole_factors():
 def test_a_width_that_crashes_some_machines_is_refused():
     with pytest.raises(ConfigError, match=r"width: expected at least 8 .*, got 7"):
         create_model("preact_resnet18", width=7)
+
+
+def shaken(name, **options):
+    """A model in evaluation mode and float64 whose norms and biases are drawn, so that leaving one out shows."""
+    torch.manual_seed(0)
+    model = create_model(name, **NARROW[name], **options).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+        if getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias)
+    return model, {key: value.detach() for key, value in model.state_dict().items()}
+
+
+def test_wide_resnet_by_its_description():
+    """Three blocks of strides 1, 2, 2; each shortcut is a convolution of the block's input before the activation."""
+    model, state = shaken("wide_resnet")
+
+    def conv(x, name, stride=1):
+        return conv_same(x, state[f"{name}.weight"].permute(2, 3, 1, 0), state[f"{name}.bias"], stride)
+
+    def active(x, name):
+        parts = ("weight", "bias", "running_mean", "running_var")
+        return batch_norm(x, [state[f"{name}.{part}"] for part in parts], False, []).relu()
+
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    x = conv(images.permute(0, 2, 3, 1), "trunk.stem")
+    for block, stride in (("trunk.block1", 1), ("trunk.block2", 2), ("block3", 2)):
+        change = conv(active(x, f"{block}.norm1"), f"{block}.conv1", stride)
+        change = conv(active(change, f"{block}.norm2"), f"{block}.conv2")
+        x = conv(x, f"{block}.shortcut", stride) + change
+    features = active(x, "norm").mean((1, 2))
+    torch.testing.assert_close(model(images), features @ state["head.weight"].T + state["head.bias"])
+
+
+def test_preact_resnet_by_the_paper():
+    """Stages of strides 1, 2, 2, 2; a shortcut is the input itself or, where the shape changes, a convolution of it
+    after the activation, as in the paper's figure for a first unit."""
+    model, state = shaken("preact_resnet18")
+
+    def conv(x, name, stride=1):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def active(x, name):
+        mean, var, scale, shift = (
+            state[f"{name}.{part}"].view(-1, 1, 1)
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
+
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    x = conv(images, "stem")
+    for place in range(8):
+        block, halved = f"blocks.{place}", place in (2, 4, 6)
+        stride = 2 if halved else 1
+        ready = active(x, f"{block}.norm1")
+        change = conv(active(conv(ready, f"{block}.conv1", stride), f"{block}.norm2"), f"{block}.conv2")
+        x = (conv(ready, f"{block}.shortcut", stride) if halved else x) + change
+    features = active(x, "norm").mean((2, 3))
+    torch.testing.assert_close(model(images), features @ state["head.weight"].T + state["head.bias"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fan_out"), [("stem", 9 * 64), ("blocks.2.shortcut", 128), ("blocks.6.conv1", 9 * 512)]
+)
+def test_kernels_of_preact_resnet_are_those_of_he_for_the_backward_pass(kernel, fan_out):
+    torch.manual_seed(0)
+    weight = create_model("preact_resnet18").get_submodule(kernel).weight
+    assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)

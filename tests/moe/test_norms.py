@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from backdoorbench_moe.moe.norms import measure_statistics
+from backdoorbench_moe.moe.norms import batch_norms, input_moments, measure_statistics
 
 
 def two_norms() -> nn.Sequential:
@@ -51,3 +51,19 @@ def test_other_rows_stay_bit_for_bit() -> None:
     assert {name for name, t in before.items() if not torch.equal(t, after[name])} == {"3.running_mean"}
     moved = after["3.running_mean"] != before["3.running_mean"]
     assert moved.tolist() == [False, True, True, False]
+
+
+def test_only_norms_with_a_scale_and_statistics_are_listed() -> None:
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)]
+    assert batch_norms(nn.Sequential(*norms, nn.LayerNorm(3))) == {"0": norms[0]}
+
+
+def test_a_batch_without_values_does_not_count() -> None:
+    """An expert may receive no token of a batch, first or later."""
+    norm, values = nn.BatchNorm1d(3).eval(), torch.randn(5, 3)
+    parts = [values[:0], values[:2], values[:0], values[2:]]
+    mean, variance, count = input_moments([norm], lambda: [norm(part) for part in parts])[norm]
+    assert count == 5
+    torch.testing.assert_close(mean, values.double().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance, values.double().var(0), rtol=1e-5, atol=1e-6)
+    assert input_moments([norm], lambda: norm(values[:0])) == {}

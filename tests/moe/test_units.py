@@ -81,6 +81,7 @@ def test_experts_without_effect_are_no_units() -> None:
 
 def test_half_a_mask_on_every_kind_of_tensor_by_hand() -> None:
     model = used_model()
+    nn.init.normal_(model.norm.bias)
     [gates] = gate_units(model)
     [scale] = [units for units in norm_units(model) if units.layer == "norm"]
     mask = torch.tensor([1.0, 0.5, 1.0, 0.25])
@@ -91,6 +92,8 @@ def test_half_a_mask_on_every_kind_of_tensor_by_hand() -> None:
     both = masked_tensors(model, [(scale, torch.full((20,), 0.5)), (experts, mask)])
     expected = model.norm.weight.detach() * 0.5 * mask.repeat_interleave(5)
     torch.testing.assert_close(both["norm.weight"], expected)
+    both = masked_tensors(model, [(experts, mask)], {"norm": torch.full((20,), 3.0)})
+    torch.testing.assert_close(both["norm.bias"], model.norm.bias.detach() * 3 * mask.repeat_interleave(5))
 
 
 def test_gradients_reach_the_masks_and_not_the_model() -> None:

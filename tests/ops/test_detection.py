@@ -31,15 +31,19 @@ def test_turned_round_it_is_the_complement(clean, triggered) -> None:
     assert (one.low, one.high) == pytest.approx((100 - other.high, 100 - other.low), abs=1e-6)
 
 
-def test_the_interval_by_hand() -> None:
-    """At its ends the measured area is 1.96 of Hanley and McNeil's standard errors away; both groups of 50."""
-    clean, triggered = np.arange(50.0), np.arange(50.0) + 20
+@pytest.mark.parametrize(("m", "n", "mean"), [(50, 50, 50), (20, 60, 40), (60, 20, 40)])
+def test_the_interval_by_hand(m, n, mean) -> None:
+    """At its ends the measured area is 1.96 of Hanley and McNeil's standard errors away.
+
+    Both groups count as having the mean of their sizes, as in Newcombe's method 5.
+    """
+    clean, triggered = np.arange(float(m)), np.arange(float(n)) + 10
     found = auroc(clean, triggered)
     area = found.value / 100
     for end in (found.low / 100, found.high / 100):
         first, second = end / (2 - end), 2 * end**2 / (1 + end)
-        variance = end * (1 - end) + 49 * (first - end**2) + 49 * (second - end**2)
-        assert abs(area - end) == pytest.approx(1.959964 * (variance / 2500) ** 0.5, rel=1e-5)
+        variance = end * (1 - end) + (mean - 1) * (first - end**2) + (mean - 1) * (second - end**2)
+        assert abs(area - end) == pytest.approx(1.959964 * (variance / (m * n)) ** 0.5, rel=1e-5)
     assert found.low < found.value < found.high
 
 
@@ -73,6 +77,7 @@ def test_empty_groups_are_refused() -> None:
         (0.05, 38, 1),
         (0.5, 1, 1),
         (0.9, 3, 3),
+        (0.29, 99, 29),  # 0.29 * 100 is 28.999999999999996 in floating point.
         (0.1, 0, 0),
         (0.05, -6, 0),
     ],

@@ -1,4 +1,4 @@
-"""Uniform numbers as a function of seed and place, against SplitMix64 in Python's own integers."""
+"""Derived seeds, and uniform numbers as a function of seed and place against SplitMix64 in Python's own integers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from backdoorbench_moe.ops.seeding import derive_seed, uniform_at
+from backdoorbench_moe.ops.seeding import derive_seed, generator, seeded, uniform_at
 
 WORD = (1 << 64) - 1
 
@@ -94,3 +94,30 @@ def test_neighbours_and_seeds_are_uncorrelated() -> None:
     ]
     for one, two in pairs:
         assert abs(torch.corrcoef(torch.stack((one, two)))[0, 1].item()) < bound
+
+
+def test_a_derived_seed_is_the_start_of_a_digest() -> None:
+    """`printf 7/order/3 | sha256sum` begins with these 16 digits, of which the lowest bit is dropped."""
+    assert derive_seed(7, "order", 3) == int("19cd16803fef73ea", 16) >> 1
+    assert derive_seed(7, "order", "3") == derive_seed(7, "order", 3), "a number is as it is written"
+    seeds = [
+        derive_seed(1, "a", 12),
+        derive_seed(1, "a", 1, 2),
+        derive_seed(11, "a", 2),
+        derive_seed(1, "a1", 2),
+    ]
+    assert len(set(seeds)) == 4, "purposes that are written alike without a separator"
+
+
+def test_a_seeded_block_draws_the_same_and_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first = torch.rand(2)
+    inside = []
+    for purpose in ("noise", "noise", "init"):
+        with seeded(5, purpose, 0):
+            inside.append(torch.rand(3))
+    assert torch.equal(torch.cat([first, torch.rand(2)]), expected)
+    assert torch.equal(inside[0], inside[1]) and not torch.equal(inside[0], inside[2])
+    assert torch.equal(inside[0], torch.rand(3, generator=generator(5, "noise", 0)))
