@@ -359,7 +359,7 @@ def test_weights_must_fit() -> None:
 
 def test_a_batch_larger_than_the_data_is_all_of_it() -> None:
     states = []
-    for size in (50, 10**30):
+    for size in (50, 10**6):
         trainer = make_trainer(TrainSpec(epochs=1, batch_size=size), [])
         trainer.fit("run")
         states.append(trainer.model.state_dict())
