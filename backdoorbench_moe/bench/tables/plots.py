@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.suites.suite import Plot, value_of
-from backdoorbench_moe.bench.tables.layout import find_place, label
+from backdoorbench_moe.bench.tables.layout import cell_labels, find_place
 from backdoorbench_moe.bench.tables.record_metrics import uses_twin
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import Statistic
@@ -81,16 +81,14 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
     where = f"suite {results.suite.name}: plot {plot.title!r}"
     panels: dict[str, dict[str, dict[float, Point]]] = {}
     names: dict[str, int] = {}
-    for cell in results.suite.cells:
+    labels = (cell_labels(results.suite, key) for key in (plot.x, plot.panels, plot.lines))
+    for cell, name, panel, line in zip(results.suite.cells, *labels, strict=True):
         if not plot.shows(cell.spec):
             continue
-        name, x = "", value_of(cell.spec, plot.x)
         if plot.scale == "names":
-            name = label(plot.x, x)
             x = names.setdefault(name, len(names))
         else:
-            x = _number(x, plot, where)
-        panel, line = (label(key, value_of(cell.spec, key)) for key in (plot.panels, plot.lines))
+            name, x = "", _number(value_of(cell.spec, plot.x), plot, where)
         points = panels.setdefault(panel, {}).setdefault(line, {})
         if x in points:
             raise ConfigError(
