@@ -10,6 +10,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
+from backdoorbench_moe.allocation import refusing_sizes
 from backdoorbench_moe.errors import BbmoeError, ConfigError, PluginError, UnknownNameError
 from backdoorbench_moe.kinds import KINDS, PACKAGE
 from backdoorbench_moe.options import Option, call_fault, check_options, convert, list_options
@@ -187,17 +188,18 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: There is no such part or option.
-            ConfigError: An option is missing, of the wrong type or out of range.
+            ConfigError: An option is missing, of the wrong type or out of range, or the part does not fit into memory.
             PluginError: The part cannot be used, or its constructor raised an unexpected exception.
         """
         part = self.lookup(name)
         taken = {key: value for key, value in (given or {}).items() if key in self._given(part)}
         checked = self.check(name, options)
         try:
-            return cast(Callable[..., T], part)(**taken, **checked)
-        except (BbmoeError, OSError, MemoryError):
+            with refusing_sizes(f"{self.kind} {name!r}: does not fit into memory with these options"):
+                return cast(Callable[..., T], part)(**taken, **checked)
+        except (BbmoeError, OSError):
             raise
-        # Such as those of third-party parts, or of torch for sizes that are too large.
+        # Such as those of third-party parts, or of torch for sizes that do not match.
         except (Exception, SystemExit) as error:
             raise self._not_built(name, error) from error
 

@@ -10,8 +10,10 @@ from tiny import TINY_MODEL, Tiny
 from torch import nn
 
 import backdoorbench_moe as bbmoe
+from backdoorbench_moe import models
 from backdoorbench_moe.engine.opening.opened_model import open_model
 from backdoorbench_moe.errors import BbmoeError, ConfigError
+from backdoorbench_moe.moe.routed import RoutedOutput
 
 OPTIONS = {key: value for key, value in TINY_MODEL.items() if key != "name"}
 
@@ -94,6 +96,45 @@ def test_a_dense_module_is_analysed(plain, split) -> None:
         plain, images=(split.images.float() / 255).numpy(), labels=split.labels.tolist(), device="cpu"
     )
     assert found.routing == () and found.muted is None and found.ba is not None
+
+
+class Duck(nn.Module):
+    """Reports its routing, but does not say so by its base class."""
+
+    def __init__(self, num_classes: int = 3, image_size: int = 32) -> None:
+        super().__init__()
+        self.plain = Plain()
+
+    def forward_routed(self, images: torch.Tensor) -> RoutedOutput:
+        """Logits and no layers."""
+        return RoutedOutput(self.plain(images), [])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.forward_routed(images).logits
+
+
+DUCK = "Duck has forward_routed, but is not a RoutedModel: derive it from backdoorbench_moe.RoutedModel"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        bbmoe.analyze,
+        bbmoe.audit,
+        lambda model, **given: bbmoe.defend(model, "expert-drop", **given),
+        lambda model, **given: bbmoe.defend(bbmoe.normalised(model, "half", image_size=32), "strip", **given),
+        lambda model, **given: bbmoe.try_trigger(model, "square", "image", **given),
+    ],
+)
+def test_a_routed_module_without_the_base_class_does_not_pass_for_a_dense_one(use, split) -> None:
+    with pytest.raises(ConfigError, match=f"^model: {DUCK}[^\n]*$"):
+        use(Duck(), images=split.images, labels=split.labels, device="cpu")
+
+
+def test_a_routed_model_without_the_base_class_is_not_registered() -> None:
+    with pytest.raises(ConfigError, match=f"^model 'duck': {DUCK}"):
+        models.registry.register("duck")(Duck)
 
 
 class Brightest(nn.Module):

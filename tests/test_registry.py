@@ -279,7 +279,7 @@ def test_what_the_constructor_of_a_plugin_raises_is_one_line_that_names_the_pack
 
 
 def test_errors_of_the_file_system_and_our_own_are_raised_as_they_are(picky, monkeypatch) -> None:
-    for error in (FileNotFoundError("gone"), MemoryError(), ConfigError("size: no")):
+    for error in (FileNotFoundError("gone"), ConfigError("size: no")):
         monkeypatch.setattr(Picky, "__init__", raising(error))
         with pytest.raises(type(error)) as caught:
             picky.create("picky", {})
@@ -293,13 +293,41 @@ def raising(error: Exception):
     return init
 
 
-def test_sizes_that_cannot_be_allocated_are_refused() -> None:
-    for experts in (10**30, 10**12):
-        with pytest.raises(
-            ConfigError, match=r"^model 'pmoe': cannot be built with these options: "
-        ) as caught:
-            create_model("pmoe", num_experts=experts)
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"num_experts": 10**30}, ""),
+        ({"num_experts": 10**12}, "; it asked for 2,384,185.8 GiB at once"),
+        ({"num_experts": 2**60}, ""),  # More bytes than an integer can hold.
+    ],
+)
+def test_models_that_do_not_fit_into_memory_are_refused(options, asked) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_model("pmoe", widen_factor=1, **options)
+    assert str(caught.value) == f"model 'pmoe': does not fit into memory with these options{asked}"
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (MemoryError(), ""),
+        (MemoryError("Unable to allocate 8.00 PiB for an array"), "; it asked for 8,388,608.0 GiB at once"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0"),
+            "; it asked for 0.5 GiB at once",
+        ),
+        (
+            RuntimeError("can't allocate memory: you tried to allocate 3221225472 bytes. Error"),
+            ".* 3.0 GiB at once",
+        ),
+    ],
+)
+def test_a_failed_allocation_is_no_fault_of_the_plugin(picky, monkeypatch, error, asked) -> None:
+    monkeypatch.setattr(Picky, "__init__", raising(error))
+    message = f"^trigger 'picky': does not fit into memory with these options{asked}$"
+    with pytest.raises(ConfigError, match=message) as caught:
+        picky.create("picky", {})
+    assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("size", ["x", "4"])

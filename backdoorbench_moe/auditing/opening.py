@@ -23,6 +23,7 @@ from backdoorbench_moe.engine.opening.opened_run import load_run_images
 from backdoorbench_moe.engine.run import Run, load_run
 from backdoorbench_moe.engine.setups.tasks import Tasks
 from backdoorbench_moe.errors import ConfigError, naming
+from backdoorbench_moe.moe.routed import undeclared_routing
 from backdoorbench_moe.ops.images import Split, concatenate, draw_images
 from backdoorbench_moe.ops.seeding import generator
 from backdoorbench_moe.paths import expand
@@ -108,6 +109,8 @@ def open_module_subject(
     Raises:
         BbmoeError: An argument cannot be read, or the arguments do not fit together.
     """
+    if fault := undeclared_routing(type(model)):
+        raise ConfigError(f"model: {fault}")
     first = next(model.parameters(), None)
     own = torch.device("cpu") if first is None else first.device
     place = own if device is None else resolve_device(device)

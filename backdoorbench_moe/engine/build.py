@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorbench_moe import applicators, attacks, data, gates, models, splitters, triggers
+from backdoorbench_moe.allocation import refusing_sizes
 from backdoorbench_moe.applicators.base import Applicator
 from backdoorbench_moe.attacks.base import Attack
 from backdoorbench_moe.config import PartSpec, RunSpec
@@ -121,8 +122,8 @@ def build_model(spec: RunSpec, given: Mapping[str, int]) -> nn.Module:
         given: The model options that the data determine; see `data.base.Material.model_options` and `given_by`.
 
     Raises:
-        ConfigError: The model takes images and the data are texts, or vice versa; an option is out of range; or the
-            model of a mixture cannot be merged.
+        ConfigError: The model takes images and the data are texts, or vice versa; an option is out of range; the model
+            does not fit into memory; or the model of a mixture cannot be merged.
     """
     wanted, text = takes_text(models.registry.lookup(spec.model.name)), TEXT_OPTIONS[0] in given
     if wanted != text:
@@ -139,7 +140,10 @@ def build_model(spec: RunSpec, given: Mapping[str, int]) -> nn.Module:
     if spec.gate is None:
         return model
     assert spec.mixture is not None
-    with seeded(spec.seed, "gates"):
+    copies = (
+        f"mixture.experts: {spec.mixture.experts} copies of model {spec.model.name!r} do not fit into memory"
+    )
+    with seeded(spec.seed, "gates"), refusing_sizes(copies):
         return merge_copies(model, spec.mixture.experts, build_gate(spec))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from backdoorbench_moe.errors import BbmoeError, ConfigError, UnknownNameError
 from backdoorbench_moe.options import FilePath, Option, check_options, list_options
@@ -152,6 +152,12 @@ class ModelRegistry(Registry["nn.Module"]):
     def common(self, name: str, options: Mapping[str, object]) -> CommonOptions:
         """Return the common options of a model; those that the model replaces have their defaults."""
         return CommonOptions(**self._split(name, options)[1])
+
+    def _misfit(self, part: object) -> str | None:
+        """Return why an object is not a model, or None if it is one."""
+        from backdoorbench_moe.moe.routed import undeclared_routing
+
+        return super()._misfit(part) or undeclared_routing(cast(type, part))
 
     def _common(self, name: str) -> Mapping[str, Option]:
         """Return the common options of a model by name; none if its inputs are texts."""

@@ -63,6 +63,16 @@ class RoutedModel(nn.Module, ABC):
         """Map images (B, 3, H, W) in [0, 1] to logits and the routing of every routed layer."""
 
 
+def undeclared_routing(kind: type) -> str | None:
+    """Return why a class of models counts as dense although it has `forward_routed`, or None if it does not."""
+    if issubclass(kind, RoutedModel) or not callable(getattr(kind, "forward_routed", None)):
+        return None
+    return (
+        f"{kind.__name__} has forward_routed, but is not a RoutedModel: derive it from "
+        "backdoorbench_moe.RoutedModel, or rename the method if the model is not routed"
+    )
+
+
 def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Routing]]:
     """Return the logits (B, classes) of images (B, 3, H, W), and the routing of every routed layer, if any."""
     if not isinstance(model, RoutedModel):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorbench_moe.moe.experts import copy_expert, expert_outputs, muted, replaced_output
@@ -25,10 +28,41 @@ from backdoorbench_moe.testing.making import batch, changed, copies, used_model
 
 # Value that replaces the output of an expert, far from what any expert computes.
 REPLACED = 3.0
+# Numbers of coloured squares along a side of the other images that are tried, and how often each is drawn.
+SQUARES, DRAWS = (4, 1, 32, 8, 2, 16), 3
 
 
 def images() -> Tensor:
     return batch(4, 3, 32, 32)
+
+
+def image_draws() -> Iterator[Tensor]:
+    """Yield `images()`, then batches of images that differ more from each other: random squares of all contrasts.
+
+    Uniform noise is alike everywhere, so that a router may send all patches of it to the same few experts.
+    """
+    yield images()
+    for seed, squares in itertools.product(range(DRAWS), SQUARES):
+        generator = torch.Generator().manual_seed(seed)
+        colours = torch.rand(16, 3, squares, squares, generator=generator)
+        contrast, brightness = torch.rand(2, 16, 1, 1, 1, generator=generator)
+        yield F.interpolate(brightness + contrast * (colours - brightness), size=(32, 32))
+
+
+def draws_that_reach(model: RoutedModel, expert: Expert) -> Iterator[Tensor]:
+    """Yield the batches of `image_draws` of which the expert processes a patch. Fail if there are none."""
+    reached = False
+    for given in image_draws():
+        selected = {routing.layer: routing.selected for routing in model.forward_routed(given).routing}
+        if selected[expert.layer][:, expert.index].any():
+            reached = True
+            yield given
+    if not reached:
+        pytest.fail(
+            f"no patch of the test images was sent to expert {expert.name}, so that its effect cannot be tested; "
+            "initialise the router so that random images reach every expert, or set fewer experts in the class "
+            "attribute `tiny`"
+        )
 
 
 def structured(name: str) -> Structured:
@@ -43,11 +77,16 @@ def with_experts(name: str, *, seed: int = 0) -> RoutedModel:
     return model
 
 
-def logits_if_replaced(model: nn.Module, expert: Expert) -> Tensor:
-    """Return the logits of the model if all values of the expert's output are `REPLACED`."""
-    [given] = expert_outputs([expert], lambda: model(images()))
-    with replaced_output(expert, torch.full_like(given, REPLACED)):
-        return model(images())
+def logits_if_replaced(model: nn.Module, expert: Expert, given: Tensor) -> Tensor:
+    """Return the logits of given images if all values of the expert's output are `REPLACED`."""
+    [output] = expert_outputs([expert], lambda: model(given))
+    with replaced_output(expert, torch.full_like(output, REPLACED)):
+        return model(given)
+
+
+def replacing_changes_logits(model: nn.Module, expert: Expert, given: Tensor) -> bool:
+    """Return whether the logits of given images change if the expert's output is replaced."""
+    return not torch.allclose(logits_if_replaced(model, expert, given), model(given))
 
 
 @pytest.mark.only(interface=Structured)
@@ -170,11 +209,13 @@ def test_the_experts_weights_are_those_of_the_component(model_name: str) -> None
 def test_a_muted_expert_has_no_effect_and_any_other_has(model_name: str) -> None:
     """Replacing the output of an expert changes the logits if and only if the expert is not muted."""
     model = with_experts(model_name)
-    plain = model(images())
     for expert in model.experts():
         with muted(model, [expert]):
-            torch.testing.assert_close(logits_if_replaced(model, expert), model(images()), rtol=0, atol=0)
-        assert not torch.allclose(logits_if_replaced(model, expert), plain), expert.name
+            replaced = logits_if_replaced(model, expert, images())
+            torch.testing.assert_close(replaced, model(images()), rtol=0, atol=0)
+        assert any(
+            replacing_changes_logits(model, expert, given) for given in draws_that_reach(model, expert)
+        ), f"{expert.name} processes patches, but replacing the output of its tap does not change the logits"
 
 
 @pytest.mark.only(interface=WithExperts)
@@ -198,7 +239,7 @@ def test_an_expert_is_its_own_weights(model_name: str) -> None:
     places = [place for place, one in enumerate(model.experts()) if one.layer == model.experts()[0].layer]
     before = expert_outputs(model.experts(), lambda: model(images()))
     used = [place for place in places if before[place].any()]
-    assert used
+    assert used, "the outputs of all experts of the first routed layer are zero for the test images"
     for place in used:
         mixed = copy.deepcopy(model)
         copy_expert(other, mixed, model.experts()[place])

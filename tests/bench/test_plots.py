@@ -66,6 +66,36 @@ def test_a_ratio_above_100_is_not_cut_off(mean, top) -> None:
         assert build_figure([panel], plot, "paper").axes[0].get_ylim() == (-4, top)
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "ends"),
+    [
+        ("asr", (0.0, 8.0), (0.0, 4 + 32**0.5)),
+        ("ba", (100.0, 90.0), (95 - 50**0.5, 100.0)),
+        ("asr", (100 + 1e-13, 100 + 1e-13), (100.0, 100.0)),
+        ("overall", (90.0, 110.0), (100 - 200**0.5, 100 + 200**0.5)),
+        ("cad", (0.0, 8.0), (4 - 32**0.5, 4 + 32**0.5)),
+    ],
+)
+def test_bars_end_where_the_metric_does(metric, values, ends) -> None:
+    panel = Panel("p", {"l": [Point(1.0, Statistic.of(dict(enumerate(values))), None)]})
+    with drawing_style("p"):
+        [bars] = build_figure([panel], Plot("p", metric=metric), "paper").axes[0].collections
+    [[(_, low), (_, high)]] = bars.get_segments()
+    assert (low, high) == pytest.approx(ends)
+
+
+def test_markers_of_two_lines_at_one_place_do_not_overlap() -> None:
+    points = [Point(1.0, Statistic.of({0: 50.0}), None)]
+    with drawing_style("p"):
+        figure = build_figure([Panel("p", {"a": points, "b": points})], Plot("p"), "paper")
+        first, second = (
+            line.get_transform().transform((1.0, 50.0))[0]
+            for line in figure.axes[0].lines
+            if line.get_markersize() == 4.5
+        )
+        assert (second - first) / figure.dpi * 72 > 4.5
+
+
 @pytest.mark.parametrize("form", ["svg", "png"])
 def test_the_same_bytes_twice(results, form) -> None:
     plot = results.suite.plots[0]

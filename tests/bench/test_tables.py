@@ -15,7 +15,7 @@ from suites import tiny_suite
 
 from backdoorbench_moe.bench.running.life_sign import LIFE_SIGN
 from backdoorbench_moe.bench.tables import render
-from backdoorbench_moe.bench.tables.layout import build_sheet, count_runs, label
+from backdoorbench_moe.bench.tables.layout import build_sheet, cell_labels, count_runs, label
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import Sample
 from backdoorbench_moe.bench.tables.tidy import tidy_csv
@@ -317,3 +317,13 @@ def test_metrics_side_by_side(tmp_path) -> None:
 )
 def test_labels_of_shares_of_the_training_set_are_in_percent(key, value, text) -> None:
     assert label(key, value) == text
+
+
+def test_a_label_has_the_options_of_the_grid_and_those_that_tell_cells_apart() -> None:
+    square, weak = {"name": "square", "size": 4}, {"name": "blend", "alpha": 0.1}
+    grid = {"trigger": [square, "blend", weak], "model": ["pmoe"]}
+    layout = {"title": "T", "rows": ["trigger"], "columns": "model", "metrics": ["asr"]}
+    suite = tiny_suite(base={"recipe": "quick", "dataset": "signs"}, grid=grid, tables=[layout])
+    assert all(cell.spec.model.options for cell in suite.cells)  # Those of the recipe.
+    assert cell_labels(suite, "trigger") == ["square, size=4", "blend", "blend, alpha=0.1"]
+    assert cell_labels(suite, "model") == ["pmoe"] * 3

@@ -8,6 +8,8 @@ import pytest
 from fake_runs import finished, write
 from suites import tiny_suite
 
+from backdoorbench_moe.bench.tables.compare import Side, compare
+from backdoorbench_moe.bench.tables.compare_render import comparison_markdown
 from backdoorbench_moe.bench.tables.layout import build_sheet
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.tuning import plain_tuning
@@ -139,3 +141,16 @@ def test_a_defense_that_is_not_installed_has_the_usual_control(monkeypatch) -> N
     [cell] = tiny_suite(grid={"trigger": "square", "defenses": [["clp"]]}).cells
     gone = replace(cell.spec, defenses=(PartSpec("gone", {"epochs": 9}),))
     assert plain_tuning(gone).defenses[-1].to_dict() == {"name": "fine-tuning"}
+
+
+def test_a_difference_of_the_same_runs_to_missing_tuning_is_not_named_the_same(tmp_path) -> None:
+    sides = [
+        Side(name, results(tmp_path / name, without=without)) for name, without in (("a", ""), ("b", TUNED))
+    ]
+    text = comparison_markdown(compare(*sides, ["asr", "asr_over_tuning"]))
+    rates, differences = ([part for part in text.split("## ") if PRUNED in part][n] for n in (0, 1))
+    [rate], [difference] = (
+        [line for line in part.splitlines() if PRUNED in line] for part in (rates, differences)
+    )
+    assert "| same runs | – |" in rate
+    assert "| no plain tuning | – | – |" in difference

@@ -168,3 +168,32 @@ def test_a_line_for_each_run_counts_those_that_were_finished_before(tmp_path, ca
     first, *_, last = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"finished: {specs[4].name} \(5 of {len(specs)}, after .*\)", first)
     assert f"({len(specs)} of {len(specs)}, after" in last
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "trigger",
+            {"name": "square", "size": {"a": 1}},
+            "trigger 'square': size: expected an integer, got ",
+        ),
+        ("defenses", [{"name": "clp", "u": "x"}], "defense 'clp': u: expected a number, got 'x'"),
+    ],
+)
+def test_a_table_without_runs_checks_the_options_of_parts(tmp_path, key, value, message) -> None:
+    """In the words of `bench run`, whose check builds the parts."""
+    (tmp_path / "runs").mkdir()
+    base = {"recipe": "quick", "dataset": {"name": "signs", "train_images": 20, "test_images": 20}}
+    suite = {"title": "T", "version": 1, "base": base, "grid": {"applicator": ["image"], key: [value]}}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(suite))
+    for command, extra in (("table", ()), ("run", ("--dry-run",))):
+        with pytest.raises(BbmoeError, match=f"^suite part: [^ ]+: {message}"):
+            run(tmp_path, command, *extra)
+
+
+def test_a_table_without_runs_needs_no_folder_of_the_data(tmp_path, place) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "part.yaml").write_text((place / "part.yaml").read_text())
+    result = run(tmp_path, "table")
+    assert result.exit_code == 0 and "missing" in result.stdout

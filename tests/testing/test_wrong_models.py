@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from wrong_models import names_of, run
 
 from backdoorbench_moe.models.pmoe import PMoE
-from backdoorbench_moe.moe.routed import RoutedOutput
+from backdoorbench_moe.moe.routed import RoutedModel, RoutedOutput, Routing
 from backdoorbench_moe.moe.structure import ChannelGroup, Expert
 from backdoorbench_moe.testing import test_structure
 
@@ -223,6 +224,48 @@ WRONG: list[tuple[type[Right], str]] = [
     (EarlierFeatures, "the_features_are_the_input_of_the_last_linear_layer"),
     (LogitsForFeatures, "the_features_come_before_the_head"),
 ]
+
+
+class ByBrightness(RoutedModel):
+    """Every patch of 8x8 pixels goes to one expert: to the first if it is darker than a threshold, else to the second.
+
+    No patch of uniform noise is darker than 0.3.
+    """
+
+    patch_grid, patch_size, threshold = (4, 4), 8, 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(3, 2 * 4, 8, stride=8)
+        self.loud = nn.Parameter(torch.ones(2 * 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward_routed(self, images: Tensor) -> RoutedOutput:
+        outputs = (self.gate(images) * self.loud.view(-1, 1, 1)).flatten(2).unflatten(1, (2, 4))
+        dark = F.avg_pool2d(images.mean(1, keepdim=True), 8).flatten(2) < self.threshold
+        selected = torch.cat([dark, ~dark], 1)
+        pooled = (outputs * selected.unsqueeze(2)).sum(1).mean(2)
+        return RoutedOutput(self.head(pooled), [Routing("gate", selected.float(), selected)])
+
+    def experts(self) -> list[Expert]:
+        ranges = [(0, 4), (4, 8)]
+        own = [{"gate.weight": part, "gate.bias": part, "loud": part} for part in ranges]
+        return [Expert("gate", e, own[e], {"loud": ranges[e]}, self.gate, ranges[e]) for e in (0, 1)]
+
+
+class WithADeadExpert(ByBrightness):
+    threshold = 0.0
+
+
+def test_an_expert_that_noise_does_not_reach_is_tested_on_other_images(monkeypatch) -> None:
+    assert not ByBrightness().forward_routed(test_structure.images()).routing[0].selected[:, 0].any()
+    run(test_structure, "a_muted_expert_has_no_effect_and_any_other_has", ByBrightness, monkeypatch)
+
+
+def test_an_expert_that_no_image_reaches_fails_with_advice(monkeypatch) -> None:
+    message = "no patch of the test images was sent to expert gate/0, .*; initialise the router so that"
+    with pytest.raises(pytest.fail.Exception, match=message):
+        run(test_structure, "a_muted_expert_has_no_effect_and_any_other_has", WithADeadExpert, monkeypatch)
 
 
 @pytest.mark.parametrize("name", names_of(test_structure))

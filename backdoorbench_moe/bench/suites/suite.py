@@ -240,13 +240,9 @@ def value_of(spec: RunSpec, key: str) -> Any:
     Raises:
         UnknownNameError: The key does not exist.
     """
-    spec = spec.without_folders()
     if key == POISONED_COUNT:
         return None if spec.mixture is None else len(spec.mixture.poisoned_experts)
-    # `to_dict` omits empty values.
-    values: Any = {item.name: getattr(spec, item.name) for item in fields(spec)} | spec.to_dict()
-    for name, part in (("attack", spec.attack), (SURROGATE, spec.surrogate)):
-        values[name] = None if part is None else part.to_dict()
+    values = _values(spec)
     if key in PARTS:
         return part_label(values[key])
     if key == "defenses":
@@ -265,6 +261,26 @@ def value_of(spec: RunSpec, key: str) -> Any:
             return _as_text(_default(_kind(first), value["name"], name))
         value = value.get(name)
     return _as_text(value)
+
+
+def part_of(spec: RunSpec, key: str) -> Mapping[str, Any] | None:
+    """Return the name and the options of a part of a spec, without folders; None if the spec does not have it.
+
+    Args:
+        spec: The spec.
+        key: One of `PARTS`.
+    """
+    part: Mapping[str, Any] | None = _values(spec)[key]
+    return part
+
+
+def _values(spec: RunSpec) -> dict[str, Any]:
+    spec = spec.without_folders()
+    # `to_dict` omits empty values.
+    values: Any = {item.name: getattr(spec, item.name) for item in fields(spec)} | spec.to_dict()
+    for name, part in (("attack", spec.attack), (SURROGATE, spec.surrogate)):
+        values[name] = None if part is None else part.to_dict()
+    return values
 
 
 def check_key(specs: Sequence[RunSpec], key: str, where: str, *others: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.tables.compare import CellPair, SuiteComparison, Value
@@ -62,12 +62,23 @@ def _head(comparison: SuiteComparison) -> list[str]:
 def _texts(row: CellPair, metric: str) -> list[str]:
     """Return the texts of A, B, the difference and its interval."""
     difference, interval = row.difference(metric), row.interval(metric)
+    # Equal runs can have different values of a metric that also depends on other runs, such as plain tuning.
+    same = (
+        row.same
+        and row.a is not None
+        and row.b is not None
+        and _known(row.a, metric) == _known(row.b, metric)
+    )
     return [
         _side(row.a, metric),
         _side(row.b, metric),
-        "same runs" if row.same else "–" if difference is None else signed(difference),
+        "same runs" if same else "–" if difference is None else signed(difference),
         "–" if interval is None else f"[{number(interval[0])}, {number(interval[1])}]",
     ]
+
+
+def _known(values: Mapping[str, Value], metric: str) -> bool:
+    return values[metric].statistic is not None
 
 
 def _side(values: Any, metric: str) -> str:

@@ -8,13 +8,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from backdoorbench_moe.bench.suites.suite import METRIC_COLUMNS, Cell, Layout, Suite, order, value_of
+from backdoorbench_moe.bench.suites.suite import (
+    METRIC_COLUMNS,
+    Cell,
+    Layout,
+    Suite,
+    order,
+    part_label,
+    part_of,
+    value_of,
+)
 from backdoorbench_moe.bench.tables.record_metrics import uses_twin
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import Statistic
 from backdoorbench_moe.bench.tables.tuning import plain_tuning, uses_tuning
 from backdoorbench_moe.collapse import FILTERED
 from backdoorbench_moe.config.poison import RATES
+from backdoorbench_moe.config.shorthand import PARTS
 from backdoorbench_moe.engine.graph import reference
 from backdoorbench_moe.errors import ConfigError
 from backdoorbench_moe.metrics import metric as find_metric
@@ -272,6 +282,47 @@ def label(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def cell_labels(suite: Suite, key: str) -> list[str]:
+    """Return the label of each cell of a suite for a key.
+
+    The label of a part contains the options that the grid gives, and those that differ between cells with a part of
+    this name. The others come from the recipe or the scale, which the table names once.
+    """
+    if key not in PARTS:
+        return [label(key, value_of(cell.spec, key)) for cell in suite.cells]
+    parts = [part_of(cell.spec, key) for cell in suite.cells]
+    differing = _differing_options([part for part in parts if part is not None])
+    texts = []
+    for cell, part in zip(suite.cells, parts, strict=True):
+        shown = part
+        if part is not None:
+            kept = {"name", *_given_options(cell, key), *differing[part["name"]]}
+            shown = {name: value for name, value in part.items() if name in kept}
+        texts.append(label(key, part_label(shown)))
+    return texts
+
+
+def _differing_options(parts: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """Return the options that do not have the same value in all parts of a name, by this name."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for part in parts:
+        groups.setdefault(part["name"], []).append(part)
+    found: dict[str, set[str]] = {}
+    for name, group in groups.items():
+        options = {key for part in group for key in part}
+        # A missing option differs from every value.
+        texts = {key: {repr(part[key]) if key in part else None for part in group} for key in options}
+        found[name] = {key for key in options if len(texts[key]) > 1}
+    return found
+
+
+def _given_options(cell: Cell, key: str) -> set[str]:
+    """Return the options of a part that the grid gives, in the part itself or by keys of their own."""
+    given = cell.values.get(key)
+    own = {name.removeprefix(f"{key}.") for name in cell.values if name.startswith(f"{key}.")}
+    return own | (set(given) if isinstance(given, Mapping) else set())
+
+
 # A column of a table: a label of the layout's columns, a metric and, for published values of another kind of model, the
 # name of this model.
 Column = tuple[str, str, str | None]
@@ -325,11 +376,12 @@ def _column_name(column: Column, side_by_side: bool) -> str:
 def _arrange(suite: Suite, layout: Layout, side_by_side: bool) -> dict[tuple[tuple[str, ...], str], Cell]:
     """Return the cell at each pair of row labels and column label."""
     cells: dict[tuple[tuple[str, ...], str], Cell] = {}
-    for cell in suite.cells:
+    labels = [cell_labels(suite, key) for key in layout.rows]
+    columns = [""] * len(suite.cells) if side_by_side else cell_labels(suite, layout.columns)
+    for number, (cell, column) in enumerate(zip(suite.cells, columns, strict=True)):
         if not layout.shows(cell.spec):
             continue
-        row = tuple(label(key, value_of(cell.spec, key)) for key in layout.rows)
-        column = "" if side_by_side else label(layout.columns, value_of(cell.spec, layout.columns))
+        row = tuple(each[number] for each in labels)
         if (other := cells.setdefault((row, column), cell)) is not cell:
             raise ConfigError(
                 f"suite {suite.name}: table {layout.title!r}: {dict(cell.values)} and "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backdoorbench_moe.bench.suites.suite import Plot, value_of
-from backdoorbench_moe.bench.tables.layout import find_place, label
+from backdoorbench_moe.bench.tables.layout import cell_labels, find_place
 from backdoorbench_moe.bench.tables.record_metrics import uses_twin
 from backdoorbench_moe.bench.tables.results import ResultSet
 from backdoorbench_moe.bench.tables.statistic import Statistic
@@ -46,8 +46,11 @@ NARROWEST_ROW, LEGEND_KEY = 5.6, 0.6
 ACROSS, LEGEND_COLUMNS, NARROWEST, DPI = 3, 4, 0.2, 150
 # Points, and the angle in degrees of names on the x axis.
 TICK_SIZE, SLANT = 8, 60
-# Offset in points between lines, so that bars at the same x are next to each other.
-SHIFT = 2.5
+# Offset in points between lines, so that markers and bars at the same x are next to each other: the largest, with which
+# markers do not overlap, and the smallest; and the width of all lines up to which it is larger than the smallest.
+SHIFT, LEAST_SHIFT, WIDEST_SHIFT = 5.0, 2.5, 10.0
+# Metrics in percent that can exceed 100%: ratios of two accuracies.
+RATIOS = ("overall",)
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,14 @@ def build_panels(results: ResultSet, plot: Plot) -> list[Panel]:
     where = f"suite {results.suite.name}: plot {plot.title!r}"
     panels: dict[str, dict[str, dict[float, Point]]] = {}
     names: dict[str, int] = {}
-    for cell in results.suite.cells:
+    labels = (cell_labels(results.suite, key) for key in (plot.x, plot.panels, plot.lines))
+    for cell, name, panel, line in zip(results.suite.cells, *labels, strict=True):
         if not plot.shows(cell.spec):
             continue
-        name, x = "", value_of(cell.spec, plot.x)
         if plot.scale == "names":
-            name = label(plot.x, x)
-            x = names.setdefault(name, len(names))
+            x: float = names.setdefault(name, len(names))
         else:
-            x = _number(x, plot, where)
-        panel, line = (label(key, value_of(cell.spec, key)) for key in (plot.panels, plot.lines))
+            name, x = "", _number(value_of(cell.spec, plot.x), plot, where)
         points = panels.setdefault(panel, {}).setdefault(line, {})
         if x in points:
             raise ConfigError(
@@ -130,7 +131,9 @@ def describe(results: ResultSet, plot: Plot) -> str:
     panels = build_panels(results, plot)
     points = _points(panels)
     if any(point.statistic and point.statistic.n > 1 for point in points):
-        text += "; bars are one standard deviation over seeds, points without bars single seeds"
+        text += "; bars are one standard deviation over seeds"
+        text += " (but end at 0 and 100%)" if any(_is_cut(p.statistic, plot.metric) for p in points) else ""
+        text += ", points without bars single seeds"
     elif any(point.statistic for point in points):
         text += "; single seeds, therefore without bars"
     if any(_has_collapsed(point) for point in points):
@@ -206,7 +209,7 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
         hspace=gap / (PANEL_HEIGHT - GAP),
     )
     for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw_panel(axes, panel, lines, plot.scale)
+        _draw_panel(axes, panel, lines, plot)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     _label_axes(grid, panels, plot)
@@ -214,7 +217,8 @@ def build_figure(panels: Sequence[Panel], plot: Plot, source: str) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> None:
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], plot: Plot) -> None:
+    scale = plot.scale
     axes.set_title(panel.label, fontsize=9)
     axes.set_xscale("linear" if scale == "names" else scale)
     axes.grid(color=RULE, linewidth=0.6)
@@ -225,7 +229,7 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
     for name, points in panel.lines.items():
         place = lines.index(name)
         colour, marker = (styles[place % len(styles)] for styles in (COLOURS, MARKERS))
-        shifted = _shifted(axes, SHIFT * (place - (len(lines) - 1) / 2))
+        shifted = _shifted(axes, _shift_between(len(lines)) * (place - (len(lines) - 1) / 2))
         paper = [(point.x, point.paper) for point in points if point.paper is not None]
         if paper:
             axes.plot(*zip(*paper, strict=True), color=colour, marker=marker, transform=shifted, **HOLLOW)
@@ -241,24 +245,45 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], scale: str) -> N
                 axes.annotate(MARK, above, (0, 4), textcoords="offset points", color=colour, ha="center")
             # Draw one point at a time, so that a single seed has no bar, not even a flat one.
             if point.statistic is not None and point.statistic.std is not None:
-                bar = point.statistic
+                mean, (low, high) = point.statistic.mean, _bar(point.statistic, plot.metric)
+                lengths = [[mean - low], [high - mean]]
                 axes.errorbar(
-                    point.x, bar.mean, bar.std, color=colour, capsize=2.5, linewidth=1, transform=shifted
+                    point.x, mean, lengths, color=colour, capsize=2.5, linewidth=1, transform=shifted
                 )
     # Shifted artists are ignored in the axis limits.
-    axes.update_datalim(list(_extent(panel)))
+    axes.update_datalim(list(_extent(panel, plot.metric)))
     axes.autoscale_view()
 
 
-def _extent(panel: Panel) -> Iterator[tuple[float, float]]:
+def _bar(statistic: Statistic, metric: str) -> tuple[float, float]:
+    """Return the ends of the bar of a mean: one standard deviation from it, but within the range of the metric."""
+    mean, spread, found = statistic.mean, statistic.std or 0.0, find_metric(metric)
+    low, high = mean - spread, mean + spread
+    if found.unit != PERCENT:
+        return low, high
+    # The mean is inside the bar even if it exceeds 100 by rounding.
+    return min(max(low, 0.0), mean), high if found.base in RATIOS else max(min(high, 100.0), mean)
+
+
+def _is_cut(statistic: Statistic | None, metric: str) -> bool:
+    """Return whether the bar of a mean is shorter than one standard deviation on a side."""
+    if statistic is None or statistic.std is None:
+        return False
+    return _bar(statistic, metric) != (statistic.mean - statistic.std, statistic.mean + statistic.std)
+
+
+def _shift_between(lines: int) -> float:
+    return max(LEAST_SHIFT, min(SHIFT, WIDEST_SHIFT / max(1, lines - 1)))
+
+
+def _extent(panel: Panel, metric: str) -> Iterator[tuple[float, float]]:
     """Yield the extreme points of a panel: published points, means, and the ends of bars."""
     for point in (point for points in panel.lines.values() for point in points):
         if point.paper is not None:
             yield point.x, point.paper
         if point.statistic is not None:
-            spread = point.statistic.std or 0.0
-            yield point.x, point.statistic.mean - spread
-            yield point.x, point.statistic.mean + spread
+            for end in _bar(point.statistic, metric):
+                yield point.x, end
 
 
 def _shifted(axes: Axes, points: float) -> Transform:

@@ -68,11 +68,13 @@ def command(
 ) -> None:
     """Print the tables of SUITE (a name or a file) from its run folders, with the paper's values next to ours.
 
-    Nothing is trained: unfinished runs are shown as missing. A results folder of another version of the suite is
+    Nothing is trained: unfinished runs are shown as missing. If no run is finished, the options of parts are
+    checked. A results folder of another version of the suite is
     rejected.
     """
     from dataclasses import replace
 
+    from backdoorbench_moe.bench.suites.part_options import check_options
     from backdoorbench_moe.bench.suites.reading import load_suite
     from backdoorbench_moe.bench.tables.results import ResultSet, read_known, with_seeds
     from backdoorbench_moe.errors import ConfigError
@@ -90,6 +92,9 @@ def command(
         results = ResultSet.from_folder(suite, source)
     else:
         results = ResultSet.from_runs(suite, output, read_known(beside))
+    if not results.finished():
+        # Nothing proves that the options are valid, and a table of missing runs would hide that they are not.
+        check_options(suite)
     results = replace(results, suite=suite.only(filters))
     if save is not None:
         from backdoorbench_moe.bench.save import save_results

@@ -17,7 +17,7 @@ from backdoorbench_moe.engine.opening.given_images import Images, PathLike, take
 from backdoorbench_moe.engine.opening.opened_run import check_patches, open_run
 from backdoorbench_moe.engine.run import Run, check_finished, load_run
 from backdoorbench_moe.errors import ConfigError
-from backdoorbench_moe.moe.routed import RoutedModel
+from backdoorbench_moe.moe.routed import RoutedModel, undeclared_routing
 from backdoorbench_moe.ops.images import Split
 from backdoorbench_moe.paths import expand
 
@@ -120,6 +120,8 @@ def open_model(
 def _open_module(module: nn.Module, size: int | None, device: str, precision: str) -> OpenedModel:
     if size is None:
         raise ConfigError.expected("image_size", "the side of the module's images, as there are none", None)
+    if fault := undeclared_routing(type(module)):
+        raise ConfigError(f"model: {fault}")
     where = resolve_device(device)
     model = copy.deepcopy(module).to(where).to(memory_format=torch.channels_last).eval()
     name = type(module).__name__
