@@ -118,6 +118,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "table1": partial(over_rates, place="badpatches-table1/small"),
     "table1-medium": partial(over_rates, place="badpatches-table1/medium"),
     "table2": partial(over_rates, place="badpatches-table2/small"),
+    "table2-medium": partial(over_rates, place="badpatches-table2/medium"),
     "stamping": partial(stamping, scale="small"),
     "stamping-medium": partial(stamping, scale="medium"),
     "small-recipe": small_recipe,
