@@ -88,7 +88,8 @@ def test_a_table_has_no_nan() -> None:
 
 PLURALS = {
     "patch": "patches", "epoch": "epochs", "image": "images", "probe image": "probe images", "class": "classes",
-    "run": "runs", "expert": "experts", "clean probe image": "clean probe images", "box": "boxes", "cell": "cells",
+    "run": "runs", "finished run": "finished runs", "expert": "experts", "clean probe image": "clean probe images",
+    "box": "boxes", "cell": "cells",
     "deviation": "deviations", "test image": "test images", "defense": "defenses", "row": "rows",
     "other key": "other keys", "tensor": "tensors", "selection": "selections", "kind": "kinds",
 }  # fmt: skip
