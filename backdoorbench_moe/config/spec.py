@@ -33,7 +33,7 @@ LEFT_OUT_IF_EMPTY = ("defenses", "files", "probe", "policy", "splitter", "gate",
 SAME, TWIN = "same", "twin"
 # `to_dict` writes this name for clean runs too, since it has always been part of their digests.
 DEFAULT_ATTACK = "data-poisoning"
-# The largest seed that numpy's and torch's generators accept, which the parts of third parties may use.
+# The largest seed that `numpy.random.seed` accepts, which the parts of third parties may call.
 LARGEST_SEED = 2**32 - 1
 # Takes the place of the attack for a model that was trained elsewhere: any attack on it is unknown. It is not a part.
 IMPORTED = "imported"

@@ -129,10 +129,14 @@ def difference_interval(
     """
     if a_interval is None or b_interval is None:
         return None
+    below, above = _distances(a, a_interval, b, b_interval)
+    return b - a - below, b - a + above
+
+
+def _distances(a: float, a_interval: Interval, b: float, b_interval: Interval) -> tuple[float, float]:
+    """Return how far the bounds of a difference b - a lie below and above it, for independent means."""
     (a_low, a_high), (b_low, b_high) = a_interval, b_interval
-    low = b - a - math.hypot(b - b_low, a_high - a)
-    high = b - a + math.hypot(b_high - b, a - a_low)
-    return low, high
+    return math.hypot(b - b_low, a_high - a), math.hypot(b_high - b, a - a_low)
 
 
 def paired_interval(a: Sequence[float], b: Sequence[float], images: int) -> Interval | None:
@@ -168,10 +172,8 @@ def paired_interval(a: Sequence[float], b: Sequence[float], images: int) -> Inte
         return None
     means = statistics.fmean(a), statistics.fmean(b)
     ends = [wilson_interval(min(max(mean / 100, 0.0), 1.0), images) for mean in means]
-    low, high = difference_interval(means[0], ends[0], means[1], ends[1]) or (0.0, 0.0)
-    middle = means[1] - means[0]
+    below, above = _distances(means[0], ends[0], means[1], ends[1])
     differences = [after - before for before, after in zip(a, b, strict=True)]
     seeds = Z * math.sqrt(_enlargement(count - 1) * statistics.variance(differences) / count)
-    return max(-100.0, middle - math.hypot(middle - low, seeds)), min(
-        100.0, middle + math.hypot(high - middle, seeds)
-    )
+    middle = means[1] - means[0]
+    return max(-100.0, middle - math.hypot(below, seeds)), min(100.0, middle + math.hypot(above, seeds))
